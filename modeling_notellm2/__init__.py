@@ -1,0 +1,36 @@
+"""NoteLLM-2 for transformers and sentence-transformers: config, model, processor and loss.
+
+The same files work installed as this package and as remote code beside a checkpoint's weights.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from .configuration_notellm2 import NoteLLM2Config
+from .loss_notellm2 import complete_pairs, contrastive_pair_loss
+from .modeling_notellm2 import NoteLLM2Model, NoteLLM2Output, NoteLLM2PreTrainedModel
+from .processing_notellm2 import NoteLLM2Processor
+from .prompts_notellm2 import ItemError
+
+
+__version__ = "0.1.0"
+
+# For folders saved without code, and so that nobody who has the package needs trust_remote_code.
+AutoConfig.register("notellm2", NoteLLM2Config, exist_ok=True)
+AutoModel.register(NoteLLM2Config, NoteLLM2Model, exist_ok=True)
+AutoProcessor.register(NoteLLM2Config, NoteLLM2Processor, exist_ok=True)
+
+# save_pretrained writes these files beside the weights, so that AutoModel loads the folder anywhere.
+NoteLLM2Config.register_for_auto_class()
+NoteLLM2Model.register_for_auto_class("AutoModel")
+NoteLLM2Processor.register_for_auto_class()
+
+__all__ = [
+    "ItemError",
+    "NoteLLM2Config",
+    "NoteLLM2Model",
+    "NoteLLM2Output",
+    "NoteLLM2PreTrainedModel",
+    "NoteLLM2Processor",
+    "complete_pairs",
+    "contrastive_pair_loss",
+]

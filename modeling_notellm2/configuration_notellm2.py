@@ -1,0 +1,135 @@
+"""The configuration of NoteLLM-2: which vision encoder, which LLM, and how the two are joined."""
+
+from typing import Any, Literal
+
+from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# The published Q-Former: 6 layers of width 768 (NoteLLM-2 paper, section 4.1.3).
+PUBLISHED_QFORMER = {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072}
+
+
+class NoteLLM2Config(PreTrainedConfig):
+    r"""
+    Configuration of a [`NoteLLM2Model`] (NoteLLM-2, arXiv 2405.16789).
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            Any vision encoder of transformers' `AutoModel`. Defaults to `CLIPVisionConfig()`.
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Any decoder-only language model of `AutoModel`. Defaults to `LlamaConfig()`.
+        qformer_config (`Blip2QFormerConfig` or `dict`, *optional*):
+            The connector. Fields left out take the published values: 6 layers, width 768, 12 heads.
+        num_query_tokens (`int`, defaults to 16):
+            Visual tokens that each image becomes in the LLM's input.
+        early_fusion (`bool`, defaults to `True`):
+            Whether visual tokens enter the LLM. Without it there is neither Q-Former nor projector.
+        late_fusion (`bool`, defaults to `True`):
+            Whether a gate mixes the vision encoder's summary feature into the embeddings (paper, section 3.4).
+        micl (`bool`, defaults to `True`):
+            Multimodal in-context learning (paper, section 3.3): the prompt compresses the image first, so that there is
+            a visual embedding beside the multimodal one. Needs `early_fusion`.
+        embedding_dim (`int` or `None`, defaults to 64):
+            Width of the embeddings. `None`: the LLM's hidden states are not reduced.
+        logit_scale_init (`float`, defaults to 3.0):
+            Initial logarithm of the factor on cosine similarities in the loss.
+        visual_loss_weight (`float`, defaults to 1.0), multimodal_loss_weight (`float`, defaults to 9.0):
+            Weights of the two contrastive losses; their sum divides the total.
+        vision_feature_layer (`int`, defaults to -1):
+            Which hidden state of the vision encoder gives the tokens. -1 is its last hidden state as it returns it.
+        freeze_vision (`bool`, defaults to `True`):
+            The vision encoder takes no gradient, stays in eval mode and runs without a graph.
+        vision_hidden_size (`int`, *optional*):
+            Width of the vision encoder's tokens. Found out when the model is built; no need to set it.
+        image_token_id (`int`, *optional*):
+            Id of the placeholder that visual tokens replace.
+        visual_embedding_token_id (`int`, *optional*):
+            Id of <IMG_EMB>; the visual embedding is read at the position before it.
+
+    Example:
+
+    ```python
+    >>> from transformers import CLIPVisionConfig, LlamaConfig
+    >>> from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model
+
+    >>> config = NoteLLM2Config(
+    ...     vision_config=CLIPVisionConfig(), text_config=LlamaConfig(num_hidden_layers=2), num_query_tokens=8
+    ... )
+    >>> model = NoteLLM2Model(config)
+    ```
+    """
+
+    model_type = "notellm2"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "qformer_config": SubConfigSpec(config_class=Blip2QFormerConfig),
+    }
+
+    vision_config: Any = None
+    text_config: Any = None
+    qformer_config: Any = None
+    num_query_tokens: int = 16
+    early_fusion: bool = True
+    late_fusion: bool = True
+    micl: bool = True
+    embedding_dim: int | None = 64
+    logit_scale_init: float = 3.0
+    visual_loss_weight: float = 1.0
+    multimodal_loss_weight: float = 9.0
+    vision_feature_layer: int = -1
+    freeze_vision: bool = True
+    vision_hidden_size: int | None = None
+    image_token_id: int | None = None
+    visual_embedding_token_id: int | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.qformer_config, PreTrainedConfig):
+            self.qformer_config = {**PUBLISHED_QFORMER, **(self.qformer_config or {})}
+        super().__post_init__(**kwargs)
+        if self.vision_hidden_size is not None:
+            self.qformer_config.encoder_hidden_size = self.vision_hidden_size
+        self.check()
+
+    def check(self) -> None:
+        """Refuses settings that contradict each other.
+
+        Raises:
+            ValueError: naming the fields and what to change.
+        """
+        if self.micl and not self.early_fusion:
+            raise ValueError(
+                "micl=True needs early_fusion=True: the visual embedding is read behind the visual tokens in the LLM. "
+                "Set micl=False for a late-fusion-only model."
+            )
+        if not (self.early_fusion or self.late_fusion):
+            raise ValueError(
+                "early_fusion=False and late_fusion=False leave the image out altogether. Set one of them to True."
+            )
+        if self.num_query_tokens < 1:
+            raise ValueError(f"num_query_tokens must be at least 1, got {self.num_query_tokens}.")
+        if self.embedding_dim is not None and self.embedding_dim < 1:
+            raise ValueError(f"embedding_dim must be positive, or None for no reduction; got {self.embedding_dim}.")
+        if self.visual_loss_weight < 0 or self.multimodal_loss_weight < 0:
+            raise ValueError("visual_loss_weight and multimodal_loss_weight must not be negative.")
+        if self.visual_loss_weight + self.multimodal_loss_weight == 0:
+            raise ValueError("visual_loss_weight and multimodal_loss_weight are both 0: nothing would be trained.")
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The LLM's configuration, which transformers asks for vocabulary size, cache and attention settings."""
+        return self.text_config
+
+    @property
+    def prompt_mode(self) -> Literal["micl", "basic", "late_only"]:
+        """Which of the published prompts an item with an image gets: "micl", "basic" or "late_only"."""
+        if not self.early_fusion:
+            return "late_only"
+        return "micl" if self.micl else "basic"
+
+
+__all__ = ["NoteLLM2Config"]

@@ -1,0 +1,77 @@
+"""Placeholders and images of a batch must match: counted here, and a mismatch is an error that names the row."""
+
+import torch
+
+from .configuration_notellm2 import NoteLLM2Config
+
+
+def positions_of(input_ids: torch.Tensor, token_id: int | None) -> torch.Tensor:
+    """Where a token stands: bool, shaped as `input_ids`; nowhere for an id that is not set."""
+    return torch.eq(input_ids, -1 if token_id is None else token_id)
+
+
+def count_images(
+    config: NoteLLM2Config, input_ids: torch.Tensor, num_images: torch.Tensor | None, total: int
+) -> torch.Tensor:
+    """Images of each row, checked against placeholders, <IMG_EMB> and the images that came.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(n, length)`).
+        num_images (`torch.LongTensor` of shape `(n,)`, *optional*): as the processor counted them.
+        total: images that came with the batch.
+
+    Returns:
+        `torch.LongTensor` of shape `(n,)`.
+
+    Raises:
+        ValueError: naming the first row that does not match, or the config fields that are not set.
+    """
+    if not config.early_fusion:
+        if num_images is None:
+            num_images = input_ids.new_full((len(input_ids),), int(total > 0))
+        _check_total(num_images, total)
+        return num_images
+    if config.image_token_id is None or (config.micl and config.visual_embedding_token_id is None):
+        raise ValueError(
+            "config.image_token_id and config.visual_embedding_token_id are not set: call "
+            "`processor.prepare_model(model)` once after assembling the model."
+        )
+    placeholders = positions_of(input_ids, config.image_token_id).sum(-1)
+    if num_images is None:
+        num_images = placeholders // config.num_query_tokens
+    read_outs = positions_of(input_ids, config.visual_embedding_token_id).sum(-1) if config.micl else None
+    if not torch.compiler.is_compiling():
+        _check_placeholders(placeholders, num_images * config.num_query_tokens, read_outs, num_images)
+        _check_total(num_images, total)
+    return num_images
+
+
+def _check_placeholders(
+    placeholders: torch.Tensor, expected: torch.Tensor, read_outs: torch.Tensor | None, num_images: torch.Tensor
+) -> None:
+    wrong = (placeholders != expected.to(placeholders.device)).nonzero().flatten().tolist()
+    if wrong:
+        row = wrong[0]
+        raise ValueError(
+            f"Row {row} has {int(placeholders[row])} image placeholders but {int(num_images[row])} image(s), which need "
+            f"{int(expected[row])}. Build inputs with the model's own processor, and don't truncate them."
+        )
+    if read_outs is None:
+        return
+    wrong = (read_outs != (num_images.to(read_outs.device) > 0).int()).nonzero().flatten().tolist()
+    if wrong:
+        row = wrong[0]
+        raise ValueError(
+            f"Row {row} has {int(read_outs[row])} <IMG_EMB> token(s) and {int(num_images[row])} image(s): with mICL an "
+            "item with images has exactly one and an item without has none. Use a processor with micl=True."
+        )
+
+
+def _check_total(num_images: torch.Tensor, total: int) -> None:
+    counted = int(num_images.sum())
+    if counted != total:
+        last = int((num_images.cumsum(0) > total).int().argmax()) if counted > total else len(num_images) - 1
+        raise ValueError(
+            f"The rows ask for {counted} image(s) but {total} came; the first row without its images, or the last "
+            f"row, is {last}. Pass pixel_values of all images of the batch, in order of the rows."
+        )

@@ -1,0 +1,401 @@
+"""NoteLLM-2: one embedding per item (picture and text) from any vision encoder and any LLM (arXiv 2405.16789).
+
+Data flow: pixels -> frozen vision encoder -> Q-Former and projector -> visual tokens in the LLM's input -> hidden states
+at the read-out positions -> gate with the vision encoder's summary feature (late fusion) -> reduction -> L2 norm.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, Blip2QFormerModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
+
+from .backbones_notellm2 import (
+    add_item_tokens,
+    fit_token_embeddings,
+    load_language_model,
+    load_vision_encoder,
+    tokenizer_of,
+)
+from .configuration_notellm2 import NoteLLM2Config
+from .inputs_notellm2 import count_images, positions_of
+from .loss_notellm2 import complete_pairs, contrastive_pair_loss
+from .vision_notellm2 import vision_features, vision_width
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class NoteLLM2Output(ModelOutput):
+    """
+    Embeddings of a batch of `n` items.
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*, returned with `return_loss=True`): scalar float32, the weighted mean of
+            the two losses below; without mICL the multimodal one.
+        multimodal_loss (`torch.FloatTensor`, *optional*): scalar.
+        visual_loss (`torch.FloatTensor`, *optional*): scalar, over the pairs whose both members have an image.
+        embeddings (`torch.FloatTensor` of shape `(n, d)`): multimodal, L2-normalised, in the model's dtype.
+        visual_embeddings (`torch.FloatTensor` of shape `(n, d)`, *optional*): of the images alone, with mICL only;
+            zeros for items without one.
+        has_image (`torch.BoolTensor` of shape `(n,)`): which rows of `visual_embeddings` are filled.
+        hidden_states (`tuple` of `torch.FloatTensor` `(n, length, width)`, *optional*): of the LLM, with
+            `output_hidden_states=True`.
+        attentions (`tuple` of `torch.FloatTensor` `(n, heads, length, length)`, *optional*): of the LLM, with
+            `output_attentions=True` (eager attention only).
+    """
+
+    loss: torch.Tensor | None = None
+    multimodal_loss: torch.Tensor | None = None
+    visual_loss: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
+    visual_embeddings: torch.Tensor | None = None
+    has_image: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class NoteLLM2Projector(nn.Module):
+    """Q-Former width to LLM width: Linear, GELU, Linear (paper, section 3.2)."""
+
+    def __init__(self, config: NoteLLM2Config):
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.qformer_config.hidden_size, width)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(hidden_states)))
+
+
+class NoteLLM2LateFusion(nn.Module):
+    """Gates the vision encoder's summary feature into an embedding (paper, section 3.4).
+
+    `v = W_v s`; `g = sigmoid(W_g [h ; v])`; `h' = g * h + (1 - g) * v`, element by element, without biases. One gate and
+    one projection serve both embeddings.
+    """
+
+    def __init__(self, config: NoteLLM2Config):
+        super().__init__()
+        assert config.vision_hidden_size is not None
+        width = config.text_config.hidden_size
+        self.projection = nn.Linear(config.vision_hidden_size, width, bias=False)
+        self.gate = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, hidden: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
+        visual = self.projection(summary)
+        gate = torch.sigmoid(self.gate(torch.cat([hidden, visual], dim=-1)))
+        return gate * hidden + (1 - gate) * visual
+
+
+class NoteLLM2PreTrainedModel(PreTrainedModel):
+    """What NoteLLM-2 tells transformers about itself: capabilities and how its own weights start."""
+
+    config: NoteLLM2Config
+    config_class = NoteLLM2Config
+    base_model_prefix = "notellm2"
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["NoteLLM2Projector", "NoteLLM2LateFusion"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Xavier for projector, gate, projection and reduction; zero query tokens (paper, section 4.1.3)."""
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, NoteLLM2Model):
+            init.constant_(module.logit_scale, module.config.logit_scale_init)
+            if module.query_tokens is not None:
+                init.zeros_(module.query_tokens)
+        else:
+            super()._init_weights(module)
+
+
+class NoteLLM2Model(NoteLLM2PreTrainedModel):
+    """
+    One embedding per item from a picture, several or none, and a text.
+
+    Args:
+        config ([`NoteLLM2Config`]): sizes and variant.
+        vision_model, language_model (`PreTrainedModel`, *optional*): ready backbones; built from `config` if left out.
+    """
+
+    def __init__(
+        self,
+        config: NoteLLM2Config,
+        vision_model: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        if config.vision_hidden_size is None:
+            config.vision_hidden_size = vision_width(config.vision_config, config.vision_feature_layer)
+        config.qformer_config.encoder_hidden_size = config.vision_hidden_size
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        self.language_model = (
+            language_model if language_model is not None else AutoModel.from_config(config.text_config)
+        )
+        self.qformer: nn.Module | None = None
+        self.query_tokens: nn.Parameter | None = None
+        self.projector: NoteLLM2Projector | None = None
+        if config.early_fusion:
+            self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+            self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
+            self.projector = NoteLLM2Projector(config)
+        self.late_fusion = NoteLLM2LateFusion(config) if config.late_fusion else None
+        self.reduction = nn.Linear(width, config.embedding_dim, bias=False) if config.embedding_dim else None
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
+        # Alibi models (Bloom, MPT) take no positions: they derive distances from the mask.
+        self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
+        if config.freeze_vision:
+            self.vision_model.requires_grad_(False)
+        self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | PreTrainedModel,
+        text: str | PreTrainedModel,
+        *,
+        dtype: torch.dtype | None = None,
+        vision_kwargs: dict[str, Any] | None = None,
+        text_kwargs: dict[str, Any] | None = None,
+        **config_overrides: Any,
+    ) -> "NoteLLM2Model":
+        """Joins a pretrained vision encoder and a pretrained LLM; everything between them is new and needs training.
+
+        Where `text` has a tokenizer beside it, <IMG> and <IMG_EMB> are given rows in the LLM's embedding, as
+        [`NoteLLM2Processor.from_vision_text_pretrained`] gives them ids; otherwise call `processor.prepare_model(model)`.
+
+        Args:
+            vision: id or folder of a vision encoder or of a composite model (CLIP), or a loaded model.
+            text: id or folder of a decoder-only LLM, or a loaded model.
+            dtype: of the whole model; that of the LLM if left out.
+            vision_kwargs, text_kwargs: for the two `AutoModel.from_pretrained`, e.g. `{"gguf_file": "model.gguf"}`.
+            config_overrides: fields of [`NoteLLM2Config`].
+
+        Raises:
+            ValueError: for a vision encoder or an LLM of a shape that can't be used, or an unknown config field.
+
+        Example:
+
+        ```python
+        >>> from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
+
+        >>> vision, text = "openai/clip-vit-base-patch16", "Qwen/Qwen3-0.6B"
+        >>> model = NoteLLM2Model.from_vision_text_pretrained(vision, text)
+        >>> processor = NoteLLM2Processor.from_vision_text_pretrained(vision, text, model=model)
+        ```
+        """
+        unknown = set(config_overrides) - set(NoteLLM2Config.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"Unknown NoteLLM2Config fields: {', '.join(sorted(unknown))}.")
+        text_kwargs = text_kwargs or {}
+        vision_model = load_vision_encoder(vision, **(vision_kwargs or {}))
+        language_model = load_language_model(text, **text_kwargs)
+        halves = {"vision_config": vision_model.config, "text_config": language_model.config}
+        settings: dict[str, Any] = {**halves, **config_overrides}
+        # A composite config sets these on its parts; what the loaded halves were built with must stay.
+        settings["attn_implementation"] = {name: half._attn_implementation for name, half in halves.items()}
+        settings["experts_implementation"] = {name: half._experts_implementation for name, half in halves.items()}
+        config = NoteLLM2Config(**settings)
+        model = cls(config, vision_model, language_model)
+        nn.Module.to(model, dtype or language_model.dtype)
+        model.config.dtype = model.dtype
+        if config.image_token_id is None or config.visual_embedding_token_id is None:
+            token_kwargs = {
+                k: v for k, v in text_kwargs.items() if k in ("gguf_file", "revision", "token", "subfolder")
+            }
+            tokenizer = tokenizer_of(text, **token_kwargs)
+            if tokenizer is not None:
+                old_size = len(tokenizer)
+                model.set_item_tokens(*add_item_tokens(tokenizer), old_size)
+        logger.info("Query tokens, Q-Former, projector, late fusion and reduction are new: train before use.")
+        return model
+
+    def set_item_tokens(self, image_token_id: int, visual_embedding_token_id: int, old_size: int) -> None:
+        """Tells the model the ids of <IMG> and <IMG_EMB> and gives them embedding rows.
+
+        Args:
+            old_size: tokens in the vocabulary before the two were added; new rows start as the mean of those.
+        """
+        self.config.image_token_id = image_token_id
+        self.config.visual_embedding_token_id = visual_embedding_token_id
+        fit_token_embeddings(self, (image_token_id, visual_embedding_token_id), old_size)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> PreTrainedModel:
+        return self.language_model
+
+    def train(self, mode: bool = True) -> "NoteLLM2Model":
+        """As for any module, but a frozen vision encoder stays in eval mode (its batch norms must not move)."""
+        super().train(mode)
+        if self.config.freeze_vision:
+            self.vision_model.eval()
+        return self
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        """The vision encoder's tokens and summary feature; without a graph when it is frozen.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`).
+
+        Returns:
+            `last_hidden_state` `(images, tokens, vision width)` and `pooler_output` `(images, vision width)`, which
+            `forward` takes back as `vision_hidden_states` and `vision_pooler_output`.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
+            pixel_values = pixel_values.to(self.vision_model.dtype)
+            return vision_features(self.vision_model, pixel_values, self.config.vision_feature_layer)
+
+    def get_visual_tokens(self, vision_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Q-Former and projector: `(images, tokens, vision width)` to `(images, num_query_tokens, LLM width)`."""
+        assert self.qformer is not None
+        assert self.query_tokens is not None
+        assert self.projector is not None
+        queries = self.query_tokens.expand(vision_hidden_states.shape[0], -1, -1)
+        hidden = self.qformer(query_embeds=queries, encoder_hidden_states=vision_hidden_states).last_hidden_state
+        return self.projector(hidden.to(self.projector.linear_1.weight.dtype))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        num_images: torch.Tensor | None = None,
+        vision_hidden_states: torch.Tensor | None = None,
+        vision_pooler_output: torch.Tensor | None = None,
+        return_loss: bool = False,
+        **kwargs: Any,
+    ) -> NoteLLM2Output:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(n, length)`): each image stands as `num_query_tokens` times
+                `config.image_token_id`.
+            attention_mask (`torch.Tensor` of shape `(n, length)`, *optional*): 1 for tokens, 0 for padding on either
+                side. All ones if left out.
+            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`, *optional*): the images of
+                the batch in order of the rows.
+            num_images (`torch.LongTensor` of shape `(n,)`, *optional*): images of each item. Read off the placeholders
+                if left out (without early fusion: one each).
+            vision_hidden_states (`torch.FloatTensor` of shape `(images, tokens, vision width)`, *optional*) and
+            vision_pooler_output (`torch.FloatTensor` of shape `(images, vision width)`, *optional*):
+                what `get_vision_features` gave, in place of `pixel_values`.
+            return_loss (`bool`): read the batch as pairs, rows `i` and `i + n/2`, and add the losses.
+            kwargs: for the LLM, e.g. `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            [`NoteLLM2Output`].
+
+        Raises:
+            ValueError: naming the row, if placeholders, <IMG_EMB> and images don't match.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if vision_hidden_states is None and pixel_values is not None:
+            features = self.get_vision_features(pixel_values)
+            vision_hidden_states, vision_pooler_output = features.last_hidden_state, features.pooler_output
+        total = 0 if vision_pooler_output is None else vision_pooler_output.shape[0]
+        counts = count_images(self.config, input_ids, num_images, total)
+        has_image = torch.gt(counts, 0)
+
+        inputs_embeds = self._embed(input_ids, vision_hidden_states)
+        if self._takes_positions:
+            kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs
+        )
+        summary = self._summary(vision_pooler_output, counts)
+        hidden = outputs.last_hidden_state
+        embeddings = self._finish(_read(hidden, _last_position(attention_mask)), summary, has_image)
+        visual_embeddings = None
+        if self.config.micl:
+            before = positions_of(input_ids, self.config.visual_embedding_token_id).int().argmax(-1) - 1
+            visual_embeddings = self._finish(_read(hidden, before.clamp(min=0)), summary, has_image)
+            visual_embeddings = visual_embeddings.masked_fill(~has_image.to(hidden.device).unsqueeze(-1), 0)
+
+        result = NoteLLM2Output(
+            embeddings=embeddings,
+            visual_embeddings=visual_embeddings,
+            has_image=has_image,
+            hidden_states=outputs.hidden_states if "hidden_states" in outputs else None,
+            attentions=outputs.attentions if "attentions" in outputs else None,
+        )
+        return self._add_losses(result) if return_loss else result
+
+    def _embed(self, input_ids: torch.Tensor, vision_hidden_states: torch.Tensor | None) -> torch.Tensor:
+        """Token embeddings with the visual tokens put where the placeholders stand."""
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        if vision_hidden_states is None or not self.config.early_fusion:
+            return inputs_embeds
+        visual_tokens = self.get_visual_tokens(vision_hidden_states).to(inputs_embeds.device, inputs_embeds.dtype)
+        places = positions_of(input_ids, self.config.image_token_id).unsqueeze(-1).to(inputs_embeds.device)
+        return inputs_embeds.masked_scatter(places, visual_tokens)
+
+    def _summary(self, pooled: torch.Tensor | None, num_images: torch.Tensor) -> torch.Tensor | None:
+        """Mean of the summary features of each item's images, `(n, vision width)`; zeros where there is none."""
+        if pooled is None:
+            return None
+        num_images = num_images.to(pooled.device)
+        owner = torch.arange(len(num_images), device=pooled.device).repeat_interleave(num_images)
+        total = pooled.new_zeros(len(num_images), pooled.shape[-1]).index_add(0, owner, pooled)
+        return total / num_images.clamp(min=1).unsqueeze(-1).to(pooled.dtype)
+
+    def _finish(self, hidden: torch.Tensor, summary: torch.Tensor | None, has_image: torch.Tensor) -> torch.Tensor:
+        """Late fusion (of items with an image), reduction, L2 norm in float32: `(n, LLM width)` to `(n, d)`."""
+        if self.late_fusion is not None and summary is not None:
+            weight = self.late_fusion.projection.weight
+            fused = self.late_fusion(hidden.to(weight.device), summary.to(weight.device, weight.dtype))
+            hidden = torch.where(has_image.to(fused.device).unsqueeze(-1), fused, hidden.to(fused.device))
+        if self.reduction is not None:
+            hidden = self.reduction(hidden.to(self.reduction.weight.device))
+        return F.normalize(hidden.float(), dim=-1).to(hidden.dtype)
+
+    def _add_losses(self, output: NoteLLM2Output) -> NoteLLM2Output:
+        """Paper, section 3.3: (9 * multimodal + 1 * visual) / 10 with the default weights."""
+        assert output.embeddings is not None
+        assert output.has_image is not None
+        multimodal_loss = contrastive_pair_loss(output.embeddings, self.logit_scale)
+        output.loss = output.multimodal_loss = multimodal_loss
+        if output.visual_embeddings is not None:
+            rows = complete_pairs(output.has_image).to(output.visual_embeddings.device)
+            visual_loss = contrastive_pair_loss(output.visual_embeddings[rows], self.logit_scale)
+            visual, multimodal = self.config.visual_loss_weight, self.config.multimodal_loss_weight
+            output.visual_loss = visual_loss
+            output.loss = (multimodal * multimodal_loss + visual * visual_loss) / (visual + multimodal)
+        return output
+
+
+def _read(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Hidden state of each row at its position: `(n, length, width)`, `(n,)` to `(n, width)`."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), positions.to(hidden.device)]
+
+
+def _last_position(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of each row's last token, whichever side the padding is on: `(n, length)` to `(n,)`."""
+    return (attention_mask.bool() * torch.arange(attention_mask.shape[1], device=attention_mask.device)).argmax(-1)
+
+
+__all__ = ["NoteLLM2Model", "NoteLLM2Output", "NoteLLM2PreTrainedModel"]

@@ -1,0 +1,385 @@
+"""Items to model inputs: prompts by the published rules, safe tokenization of users' texts, pictures to pixels."""
+
+import contextlib
+import logging as python_logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+
+from .backbones_notellm2 import IMAGE_TOKEN, VISUAL_EMBEDDING_TOKEN, add_item_tokens
+from .images_notellm2 import image_sources, load_image
+from .prompts_notellm2 import (
+    WORDINGS,
+    FieldLimits,
+    ItemError,
+    Piece,
+    Slot,
+    build_pieces,
+    item_text,
+    join_pieces,
+    split_slots,
+)
+
+
+Item = Mapping[str, Any] | str | Image.Image
+
+
+class NoteLLM2Processor(ProcessorMixin):
+    r"""
+    Turns items into what [`NoteLLM2Model`] takes.
+
+    An item is a dict of `item_id`, `title`, `topics`, `content`, `image` (all optional), a string (its content), or a PIL
+    image or path (its picture). What users wrote is always text: `<IMG>` or `<|im_start|>` in a title is tokenized as
+    plain characters.
+
+    Args:
+        image_processor: any image processor of transformers.
+        tokenizer: the LLM's tokenizer; <IMG> and <IMG_EMB> are added to it if it lacks them.
+        num_query_tokens (`int`): placeholders for each image; the model's own number.
+        micl, early_fusion (`bool`): the model's variant, which decides the prompt.
+        prompt_language (`str`): "zh", the published wording, or "en".
+        max_title_length, max_content_length, max_topic_length (`int`): limits in characters.
+        max_topics (`int`): topics kept of each item.
+        max_title_tokens, max_topics_tokens, max_content_tokens (`int`, *optional*): limits in tokens, after the others.
+            The frame of the prompt is never cut.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoProcessor
+
+    >>> processor = AutoProcessor.from_pretrained("runs/demo/model", trust_remote_code=True)
+    >>> inputs = processor([{"title": "red panda", "image": "panda.png"}, "a text alone"], return_tensors="pt")
+    ```
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        num_query_tokens: int = 16,
+        micl: bool = True,
+        early_fusion: bool = True,
+        prompt_language: str = "zh",
+        max_title_length: int = 20,
+        max_content_length: int = 80,
+        max_topics: int = 10,
+        max_topic_length: int = 16,
+        max_title_tokens: int | None = None,
+        max_topics_tokens: int | None = None,
+        max_content_tokens: int | None = None,
+        chat_template: str | None = None,
+    ):
+        if prompt_language not in WORDINGS:
+            raise ValueError(f"prompt_language is {prompt_language!r}; expected one of {', '.join(WORDINGS)}.")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.num_query_tokens = num_query_tokens
+        self.micl = micl
+        self.early_fusion = early_fusion
+        self.prompt_language = prompt_language
+        self.max_title_length = max_title_length
+        self.max_content_length = max_content_length
+        self.max_topics = max_topics
+        self.max_topic_length = max_topic_length
+        self.max_title_tokens = max_title_tokens
+        self.max_topics_tokens = max_topics_tokens
+        self.max_content_tokens = max_content_tokens
+        add_item_tokens(tokenizer)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, image_processor: Any, tokenizer: Any, model: Any = None, **settings: Any
+    ) -> "NoteLLM2Processor":
+        """A processor for a model joined by [`NoteLLM2Model.from_vision_text_pretrained`].
+
+        Args:
+            image_processor, tokenizer: ready objects, or the ids or folders that the model's halves came from.
+            model: its variant and number of query tokens are taken over, and it is prepared (see `prepare_model`).
+            settings: of this class.
+        """
+        if isinstance(image_processor, (str, os.PathLike)):
+            with _no_backend_notice():
+                image_processor = AutoImageProcessor.from_pretrained(image_processor)
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        if model is not None:
+            names = ("num_query_tokens", "micl", "early_fusion")
+            settings = {**{name: getattr(model.config, name) for name in names}, **settings}
+        processor = cls(image_processor, tokenizer, **settings)
+        if model is not None:
+            processor.prepare_model(model)
+        return processor
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
+        with _no_backend_notice():
+            return super()._get_arguments_from_pretrained(*args, **kwargs)
+
+    def prepare_model(self, model: Any) -> None:
+        """Gives a freshly joined model the ids of <IMG> and <IMG_EMB> and embedding rows; once, before training."""
+        ids = (self.image_token_id, self.visual_embedding_token_id)
+        if ids == (model.config.image_token_id, model.config.visual_embedding_token_id):
+            return
+        # Tokens that were appended are the last ids; tokens that the vocabulary brought keep their trained rows.
+        appended = set(ids) == {len(self.tokenizer) - 1, len(self.tokenizer) - 2}
+        model.set_item_tokens(*ids, old_size=min(ids) if appended else len(self.tokenizer))
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of <IMG>, which stands `num_query_tokens` times for each image."""
+        return self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    @property
+    def visual_embedding_token_id(self) -> int:
+        """Id of <IMG_EMB>; the visual embedding is read before it."""
+        return self.tokenizer.convert_tokens_to_ids(VISUAL_EMBEDDING_TOKEN)
+
+    @property
+    def limits(self) -> FieldLimits:
+        """The limits on an item's fields, together."""
+        return FieldLimits(**{field.name: getattr(self, field.name) for field in fields(FieldLimits)})
+
+    @property
+    def prompt_mode(self) -> str:
+        """The prompt of an item with an image: "micl", "basic" or "late_only"."""
+        return ("micl" if self.micl else "basic") if self.early_fusion else "late_only"
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "num_images", "pixel_values"]
+
+    def build_prompt(self, item: Item) -> str:
+        """The prompt of one item as text, each image as one <IMG>. For people: the model is fed from `__call__`."""
+        return join_pieces(self._pieces(as_item(item)))
+
+    def __call__(
+        self,
+        items: Item | Sequence[Item] | None = None,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        process_images: bool = True,
+        return_tensors: str | None = None,
+        padding: bool | str = True,
+        padding_side: str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+    ) -> BatchFeature:
+        """
+        Args:
+            items: one item or a list of items.
+            images, text: instead of items, ready prompts in which <IMG> and <IMG_EMB> do stand for slots, and the images
+                in order (or a list of lists, one for each prompt).
+            process_images (`bool`): False leaves out `pixel_values` and opens no image; the slots stay. For features
+                computed before.
+            return_tensors (`str`, *optional*): "pt" or "np"; lists if left out.
+            padding, padding_side, max_length, pad_to_multiple_of: as for tokenizers. `max_length` pads, never cuts.
+
+        Returns:
+            `BatchFeature` with `input_ids` and `attention_mask` `(n, length)` int64, `num_images` `(n,)` int64 and,
+            if there is any image, `pixel_values` `(images, channels, height, width)`.
+
+        Raises:
+            ItemError: for an item that can't be used, naming its row and item_id.
+            ValueError: if ready prompts and images don't match.
+        """
+        if (items is None) == (text is None):
+            raise ValueError("Pass either items, or text= (with images= where its prompts have <IMG>).")
+        if items is not None:
+            if images is not None:
+                raise ValueError("images= goes with text=; an item has its own `image`.")
+            rows, sources = self._read_items(items)
+        else:
+            rows, sources = self._read_prompts(text, images)
+        data: dict[str, Any] = self._tokenize(rows, padding, padding_side, max_length, pad_to_multiple_of)
+        data["num_images"] = [len(of_row) for of_row, _ in sources]
+        if process_images and any(data["num_images"]):
+            data["pixel_values"] = self._pixels(sources)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _read_items(self, items: Any) -> tuple[list[list[Piece]], list[tuple[list[Any], str]]]:
+        """Pieces of each item, and its image sources with the words that name the item in errors."""
+        batch = [items] if isinstance(items, (Mapping, str, Image.Image, os.PathLike)) else list(items)
+        rows, sources = [], []
+        for number, raw in enumerate(batch):
+            where = f"row {number}"
+            with _naming(where):
+                item = as_item(raw)
+            where += f" (item_id {item['item_id']!r})" if item.get("item_id") is not None else ""
+            with _naming(where):
+                rows.append(self._pieces(item))
+            sources.append((image_sources(item.get("image")), where))
+        return rows, sources
+
+    def _read_prompts(self, text: Any, images: Any) -> tuple[list[list[Piece]], list[tuple[list[Any], str]]]:
+        """Ready prompts, and the images dealt out to them by their slots."""
+        prompts = [text] if isinstance(text, str) else list(text)
+        rows = [split_slots(prompt) for prompt in prompts]
+        given = image_sources(images)
+        if any(isinstance(of_row, (list, tuple)) for of_row in given):
+            if len(given) != len(rows):
+                raise ValueError(f"{len(given)} lists of images for {len(rows)} prompts; pass one list for each.")
+            dealt = [image_sources(of_row) for of_row in given]
+        elif not self.early_fusion:
+            if given and len(given) != len(rows):
+                raise ValueError(f"{len(given)} images for {len(rows)} prompts; pass one each, or a list of lists.")
+            dealt = [[image] for image in given] or [[] for _ in rows]
+        else:
+            rest = iter(given)
+            dealt = [[image for _ in range(row.count(Slot.IMAGE)) for image in _next(rest)] for row in rows]
+            if len(given) != sum(row.count(Slot.IMAGE) for row in rows):
+                slots = [row.count(Slot.IMAGE) for row in rows]
+                raise ValueError(f"{len(given)} images for prompts with {slots} <IMG> slots; their numbers must agree.")
+        for number, (row, of_row) in enumerate(zip(rows, dealt, strict=True)):
+            if self.early_fusion and row.count(Slot.IMAGE) != len(of_row):
+                raise ValueError(f"row {number}: {row.count(Slot.IMAGE)} <IMG> slots but {len(of_row)} images.")
+        return rows, [(of_row, f"row {number}") for number, of_row in enumerate(dealt)]
+
+    def _pieces(self, item: Mapping[str, Any]) -> list[Piece]:
+        wording = WORDINGS[self.prompt_language]
+        text = item_text(item, wording, self.limits, self._cut)
+        return build_pieces(text, len(image_sources(item.get("image"))), self.prompt_mode, wording)
+
+    def _encode(self, texts: list[str], **kwargs: Any) -> Mapping[str, Any]:
+        """Tokenizes texts in which no special token is recognised."""
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **kwargs)
+
+    def _cut(self, text: str, most: int) -> str:
+        """The longest beginning of a text that has at most `most` tokens."""
+        if not self.tokenizer.is_fast:
+            ids = self._encode([text])["input_ids"][0]
+            return text if len(ids) <= most else self.tokenizer.decode(ids[:most]).rstrip("\ufffd")
+        offsets = self._encode([text], return_offsets_mapping=True)["offset_mapping"][0]
+        return text if len(offsets) <= most else text[: offsets[most][0]]
+
+    def _tokenize(
+        self,
+        rows: list[list[Piece]],
+        padding: bool | str,
+        padding_side: str | None,
+        max_length: int | None,
+        pad_to_multiple_of: int | None,
+    ) -> dict[str, list[list[int]]]:
+        """Ids of each row. Texts between slots are tokenized apart, so that only slots give slots' ids."""
+        texts = [piece for row in rows for piece in row if isinstance(piece, str)]
+        encoded = iter(self._encode(texts)["input_ids"] if texts else [])
+        slots = {
+            Slot.IMAGE: [self.image_token_id] * self.num_query_tokens,
+            Slot.VISUAL_EMBEDDING: [self.visual_embedding_token_id],
+        }
+        reserved = {self.image_token_id, self.visual_embedding_token_id}
+        start = self._start_ids()
+        input_ids = []
+        for number, row in enumerate(rows):
+            ids = list(start)
+            for piece in row:
+                part = slots[piece] if isinstance(piece, Slot) else next(encoded)
+                if isinstance(piece, str) and not reserved.isdisjoint(part):
+                    raise ItemError(
+                        f"row {number}: {type(self.tokenizer).__name__} turns the text {piece[:60]!r} into the id of <IMG> or "
+                        "<IMG_EMB>; use a tokenizer that honours split_special_tokens."
+                    )
+                ids.extend(part)
+            input_ids.append(ids)
+        return self._pad(input_ids, padding, padding_side, max_length, pad_to_multiple_of)
+
+    def _start_ids(self) -> list[int]:
+        """What the tokenizer puts before a text (a BOS token in Llama's), and nothing of what it puts behind."""
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.tokenizer("a")["input_ids"]
+        return next((full[:at] for at in range(len(full)) if full[at : at + len(bare)] == bare), [])
+
+    def _pad(
+        self,
+        input_ids: list[list[int]],
+        padding: bool | str,
+        padding_side: str | None,
+        max_length: int | None,
+        multiple: int | None,
+    ) -> dict[str, list[list[int]]]:
+        longest = max(map(len, input_ids), default=0)
+        if padding == "max_length":
+            longest = max(longest, max_length or 0)
+        if multiple:
+            longest = -(-longest // multiple) * multiple
+        if padding in (False, "do_not_pad"):
+            return {"input_ids": input_ids, "attention_mask": [[1] * len(ids) for ids in input_ids]}
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        gaps = [longest - len(ids) for ids in input_ids]
+        if (padding_side or self.tokenizer.padding_side) == "left":
+            return {
+                "input_ids": [[pad] * gap + ids for ids, gap in zip(input_ids, gaps, strict=True)],
+                "attention_mask": [[0] * gap + [1] * (longest - gap) for gap in gaps],
+            }
+        return {
+            "input_ids": [ids + [pad] * gap for ids, gap in zip(input_ids, gaps, strict=True)],
+            "attention_mask": [[1] * (longest - gap) + [0] * gap for gap in gaps],
+        }
+
+    def _pixels(self, sources: list[tuple[list[Any], str]]) -> Any:
+        """Opens all pictures of the batch and runs the image processor once: `(images, channels, height, width)`."""
+        pictures: list[Image.Image] = []
+        for of_row, where in sources:
+            with _naming(where):
+                pictures.extend(load_image(source) for source in of_row)
+        pixels = self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4:
+            raise ValueError(
+                f"{type(self.image_processor).__name__} gave no (images, channels, height, width); an image processor that "
+                "brings every image to one size is expected."
+            )
+        return pixels
+
+
+def as_item(raw: Any) -> Mapping[str, Any]:
+    """Any accepted form of an item as a dict: a string is its content, a PIL image or a path its picture.
+
+    Raises:
+        ItemError: for anything else.
+    """
+    if isinstance(raw, Mapping):
+        return raw
+    if isinstance(raw, str):
+        return {"content": raw}
+    if isinstance(raw, (Image.Image, os.PathLike, np.ndarray)):
+        return {"image": raw}
+    raise ItemError(f"an item is a {type(raw).__name__}; expected a dict, a string, a PIL image or a path")
+
+
+def _next(iterator: Iterator[Any]) -> list[Any]:
+    return [image for image in [next(iterator, None)] if image is not None]
+
+
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Puts the item's place before an error about it."""
+    try:
+        yield
+    except ItemError as error:
+        raise ItemError(f"{where}: {error}") from error
+
+
+@contextlib.contextmanager
+def _no_backend_notice() -> Iterator[None]:
+    """Keeps back transformers' notice that torchvision is missing: PIL is as good here, and expected."""
+
+    def other(record: python_logging.LogRecord) -> bool:
+        return "backend" not in record.getMessage() and "orchvision" not in record.getMessage()
+
+    names = ("transformers.models.auto.image_processing_auto", "transformers.image_processing_base")
+    loggers = [python_logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(other)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(other)
+
+
+__all__ = ["NoteLLM2Processor", "as_item"]

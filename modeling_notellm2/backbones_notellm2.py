@@ -1,5 +1,7 @@
 """Fetching the two halves that NoteLLM-2 joins: a vision encoder and a decoder-only LLM, from the Hub or from a folder."""
 
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<IMG>"
 VISUAL_EMBEDDING_TOKEN = "<IMG_EMB>"
+# Tokens that vocabularies keep free: Llama 3, Gemma, Mistral, Qwen.
+SPARE_TOKEN = re.compile(r"<\|reserved_special_token_\d+\|>|<unused\d+>|<SPECIAL_\d+>|<\|extra_\d+\|>")
 # How composite checkpoints (CLIP, SigLIP, ...) name their vision tower.
 VISION_TOWER_NAMES = ("vision_model", "vision_tower", "visual")
 
@@ -88,14 +92,32 @@ def _config_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in ("revision", "token", "subfolder", "cache_dir") if name in kwargs}
 
 
-def add_item_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Makes <IMG> and <IMG_EMB> special tokens of a tokenizer, changed in place, and returns their ids.
+@dataclass(frozen=True)
+class ItemTokens:
+    """The two tokens of a vocabulary that stand for an image and for the visual embedding's read-out."""
 
-    Tokens of that name that the vocabulary already has keep their ids.
+    image_id: int
+    visual_embedding_id: int
+    fresh: bool  # no training has used their embedding rows yet
+
+
+def item_tokens(tokenizer: PreTrainedTokenizerBase) -> ItemTokens:
+    """Finds or makes <IMG> and <IMG_EMB> in a tokenizer, changed in place; the same tokenizer always gives the same ids.
+
+    A vocabulary that has tokens of these names keeps them; one with reserved tokens (Llama 3, Gemma) lends its last two,
+    so that the embedding matrix need not grow; any other is extended. All become special tokens.
     """
-    names = (IMAGE_TOKEN, VISUAL_EMBEDDING_TOKEN)
+    names = [IMAGE_TOKEN, VISUAL_EMBEDDING_TOKEN]
+    vocabulary = tokenizer.get_vocab()
+    spare: list[str] = []
+    if not all(name in vocabulary for name in names):
+        spare = sorted((name for name in vocabulary if SPARE_TOKEN.fullmatch(name)), key=lambda name: vocabulary[name])
+    if len(spare) >= 2:
+        names = spare[-2:]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(names[0]), tokenizer.convert_tokens_to_ids(names[1])  # type: ignore[return-value]
+    image_id, visual_embedding_id = (tokenizer.get_vocab()[name] for name in names)
+    appended = min(image_id, visual_embedding_id) >= len(tokenizer) - 2
+    return ItemTokens(image_id, visual_embedding_id, fresh=bool(spare) or appended)
 
 
 def tokenizer_of(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase | None:
@@ -110,24 +132,22 @@ def tokenizer_of(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedToke
         return None
 
 
-def fit_token_embeddings(model: PreTrainedModel, token_ids: tuple[int, ...], old_size: int) -> None:
-    """Gives each of `token_ids` a row in the LLM's embedding, set to the mean of the rows that were in use.
+def fit_token_embeddings(model: PreTrainedModel, tokens: ItemTokens) -> None:
+    """Gives <IMG> and <IMG_EMB> rows in the LLM's embedding; fresh ones start as the mean of the others.
 
-    Spare rows (many vocabularies are padded beyond their tokenizer) are used before the matrix is enlarged.
-
-    Args:
-        model: the [`NoteLLM2Model`].
-        token_ids: ids of <IMG> and <IMG_EMB>.
-        old_size: number of tokens before they were added; ids below it keep their trained rows.
+    Spare rows (many matrices are padded beyond their tokenizer) are used before the matrix is enlarged.
     """
-    needed = max(token_ids) + 1
-    if needed > _rows(model).shape[0]:
-        model.resize_token_embeddings(needed, mean_resizing=False)
+    ids = [tokens.image_id, tokens.visual_embedding_id]
+    before = _rows(model).shape[0]
+    if max(ids) >= before:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     rows = _rows(model)
-    new = [token for token in token_ids if token >= old_size]
-    if new and rows.device.type != "meta":
+    if tokens.fresh and rows.device.type != "meta":
         with torch.no_grad():
-            rows[new] = rows[:old_size].float().mean(0).to(rows.dtype)
+            known = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+            known[ids] = False
+            known[before:] = False
+            rows[ids] = rows[known].float().mean(0).to(rows.dtype)
 
 
 def _rows(model: PreTrainedModel) -> torch.Tensor:

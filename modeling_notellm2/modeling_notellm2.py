@@ -18,8 +18,9 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .backbones_notellm2 import (
-    add_item_tokens,
+    ItemTokens,
     fit_token_embeddings,
+    item_tokens,
     load_language_model,
     load_vision_encoder,
     tokenizer_of,
@@ -224,20 +225,15 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             }
             tokenizer = tokenizer_of(text, **token_kwargs)
             if tokenizer is not None:
-                old_size = len(tokenizer)
-                model.set_item_tokens(*add_item_tokens(tokenizer), old_size)
+                model.set_item_tokens(item_tokens(tokenizer))
         logger.info("Query tokens, Q-Former, projector, late fusion and reduction are new: train before use.")
         return model
 
-    def set_item_tokens(self, image_token_id: int, visual_embedding_token_id: int, old_size: int) -> None:
-        """Tells the model the ids of <IMG> and <IMG_EMB> and gives them embedding rows.
-
-        Args:
-            old_size: tokens in the vocabulary before the two were added; new rows start as the mean of those.
-        """
-        self.config.image_token_id = image_token_id
-        self.config.visual_embedding_token_id = visual_embedding_token_id
-        fit_token_embeddings(self, (image_token_id, visual_embedding_token_id), old_size)
+    def set_item_tokens(self, tokens: ItemTokens) -> None:
+        """Tells the model the ids of <IMG> and <IMG_EMB> and gives them embedding rows."""
+        self.config.image_token_id = tokens.image_id
+        self.config.visual_embedding_token_id = tokens.visual_embedding_id
+        fit_token_embeddings(self, tokens)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

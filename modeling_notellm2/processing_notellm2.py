@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
-from .backbones_notellm2 import IMAGE_TOKEN, VISUAL_EMBEDDING_TOKEN, add_item_tokens
+from .backbones_notellm2 import item_tokens
 from .images_notellm2 import image_sources, load_image
 from .prompts_notellm2 import (
     WORDINGS,
@@ -90,7 +90,7 @@ class NoteLLM2Processor(ProcessorMixin):
         self.max_title_tokens = max_title_tokens
         self.max_topics_tokens = max_topics_tokens
         self.max_content_tokens = max_content_tokens
-        add_item_tokens(tokenizer)
+        self._item_tokens = item_tokens(tokenizer)
 
     @classmethod
     def from_vision_text_pretrained(
@@ -124,21 +124,18 @@ class NoteLLM2Processor(ProcessorMixin):
     def prepare_model(self, model: Any) -> None:
         """Gives a freshly joined model the ids of <IMG> and <IMG_EMB> and embedding rows; once, before training."""
         ids = (self.image_token_id, self.visual_embedding_token_id)
-        if ids == (model.config.image_token_id, model.config.visual_embedding_token_id):
-            return
-        # Tokens that were appended are the last ids; tokens that the vocabulary brought keep their trained rows.
-        appended = set(ids) == {len(self.tokenizer) - 1, len(self.tokenizer) - 2}
-        model.set_item_tokens(*ids, old_size=min(ids) if appended else len(self.tokenizer))
+        if ids != (model.config.image_token_id, model.config.visual_embedding_token_id):
+            model.set_item_tokens(self._item_tokens)
 
     @property
     def image_token_id(self) -> int:
         """Id of <IMG>, which stands `num_query_tokens` times for each image."""
-        return self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        return self._item_tokens.image_id
 
     @property
     def visual_embedding_token_id(self) -> int:
         """Id of <IMG_EMB>; the visual embedding is read before it."""
-        return self.tokenizer.convert_tokens_to_ids(VISUAL_EMBEDDING_TOKEN)
+        return self._item_tokens.visual_embedding_id
 
     @property
     def limits(self) -> FieldLimits:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import AddedToken, AutoModel, AutoProcessor
 
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 
@@ -190,6 +190,21 @@ def test_assembly_keeps_pretrained_weights_and_means_new_rows():
     padded = NoteLLM2Model.from_vision_text_pretrained(*make_backbones(vocab_size=300), qformer_config=QFORMER)
     NoteLLM2Processor.from_vision_text_pretrained(make_image_processor(), make_tokenizer(), model=padded)
     assert padded.get_input_embeddings().weight.shape[0] == 300
+
+
+def test_reserved_tokens_are_reused_and_stay_out_of_users_reach():
+    """A vocabulary with reserved tokens lends two: nothing grows, and their names in a text are plain characters."""
+    tokenizer = make_tokenizer()
+    names = [f"<|reserved_special_token_{number}|>" for number in range(3)]
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    model = NoteLLM2Model.from_vision_text_pretrained(*make_backbones(vocab_size=263), qformer_config=QFORMER)
+    trained = model.get_input_embeddings().weight.detach().clone()
+    processor = NoteLLM2Processor.from_vision_text_pretrained(make_image_processor(), tokenizer, model=model)
+    assert (processor.image_token_id, processor.visual_embedding_token_id) == (261, 262)
+    rows = model.get_input_embeddings().weight
+    assert torch.equal(rows[:261], trained[:261])
+    torch.testing.assert_close(rows[262], trained[:261].mean(0), atol=1e-6, rtol=0)
+    assert not {261, 262} & set(processor({"title": names[1], "content": "".join(names)})["input_ids"][0])
 
 
 def test_save_and_load_is_exact(tmp_path):

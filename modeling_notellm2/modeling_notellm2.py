@@ -245,10 +245,13 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         return self.language_model
 
     def train(self, mode: bool = True) -> "NoteLLM2Model":
-        """As for any module, but a frozen vision encoder stays in eval mode (its batch norms must not move)."""
+        """As for any module, but a frozen vision encoder stays in eval mode (its batch norms must not move).
+
+        It is frozen here too: `from_pretrained` makes new parameters, which all take gradients, and then calls `eval`.
+        """
         super().train(mode)
         if self.config.freeze_vision:
-            self.vision_model.eval()
+            self.vision_model.requires_grad_(False).eval()
         return self
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:

@@ -118,7 +118,7 @@ def test_loss_over_pairs_with_missing_images():
         model(**processor(["a", "b", "c"], return_tensors="pt"), return_loss=True)
 
 
-def test_frozen_vision_stays_as_it_is():
+def test_frozen_vision_stays_as_it_is(tiny_model_folder):
     model, processor = make_model()
     model.train()
     assert not model.vision_model.training
@@ -127,6 +127,8 @@ def test_frozen_vision_stays_as_it_is():
     assert all(parameter.grad is None for parameter in model.vision_model.parameters())
     used = {"query_tokens", "qformer", "projector", "late_fusion", "reduction", "logit_scale", "language_model"}
     assert {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None} == used
+    loaded = AutoModel.from_pretrained(tiny_model_folder)
+    assert not any(parameter.requires_grad for parameter in loaded.vision_model.parameters())
     thawed, processor = make_model(freeze_vision=False)
     thawed.train()(**processor(ITEMS, return_tensors="pt"), return_loss=True).loss.backward()
     assert thawed.vision_model.training

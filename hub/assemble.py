@@ -1,0 +1,167 @@
+"""Joins a pretrained LLM and a pretrained vision encoder into an untrained NoteLLM-2 folder.
+
+    python hub/assemble.py --text LLM --vision ENCODER --output DIR
+
+LLM and ENCODER are ids or folders for transformers' Auto classes, or the names of the packaged backbones, which are the
+defaults: smollm2-135m and efficientnet-lite0. DIR gets model, processor, their code, and assembly.json with the options.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from hub.packaged_backbones import keep_first_layers, load_efficientnet_lite0, load_smollm2
+from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
+
+
+PACKAGED_TEXT = "smollm2-135m"
+PACKAGED_VISION = "efficientnet-lite0"
+RECORD = "assembly.json"
+
+
+@dataclass
+class AssembleArguments:
+    """What to join, and the sizes of what is new between the two."""
+
+    output: str = field(metadata={"help": "Folder to write. An earlier result of this command is replaced."})
+    text: str = field(default=PACKAGED_TEXT, metadata={"help": "LLM: id, folder, or the packaged smollm2-135m."})
+    vision: str = field(
+        default=PACKAGED_VISION, metadata={"help": "Vision encoder: id, folder, or the packaged efficientnet-lite0."}
+    )
+    text_layers: int | None = field(default=None, metadata={"help": "Keep only the first so many layers of the LLM."})
+    num_query_tokens: int = field(default=16, metadata={"help": "Visual tokens of each image."})
+    embedding_dim: int = field(default=64, metadata={"help": "Width of the embeddings; 0: that of the LLM."})
+    qformer_layers: int = field(default=6, metadata={"help": "Layers of the Q-Former."})
+    qformer_hidden_size: int = field(
+        default=768, metadata={"help": "Width of the Q-Former; its inner layer has 4 times."}
+    )
+    qformer_heads: int = field(default=12, metadata={"help": "Attention heads of the Q-Former."})
+    micl: bool = field(default=True, metadata={"help": "Multimodal in-context learning: a visual embedding as well."})
+    early_fusion: bool = field(default=True, metadata={"help": "Visual tokens enter the LLM."})
+    late_fusion: bool = field(default=True, metadata={"help": "A gate mixes the summary feature into the embeddings."})
+    prompt_language: str = field(default="zh", metadata={"help": "Wording of the prompt: zh (published) or en."})
+    max_title_length: int = field(default=20, metadata={"help": "Characters of the title that are read."})
+    max_content_length: int = field(default=80, metadata={"help": "Characters of the content that are read."})
+    seed: int = field(default=0, metadata={"help": "Of everything that starts at random."})
+
+
+def assemble(arguments: AssembleArguments) -> tuple[NoteLLM2Model, NoteLLM2Processor]:
+    """The joined model, prepared for its processor's tokens.
+
+    Raises:
+        ValueError: for backbones or sizes that don't fit together.
+        OSError: for an id or folder that holds no backbone.
+    """
+    language_model, tokenizer = load_text(arguments.text, arguments.text_layers)
+    vision, image_processor = load_vision(arguments.vision)
+    set_seed(arguments.seed)  # after loading, which may draw random numbers of its own
+    model = NoteLLM2Model.from_vision_text_pretrained(vision, language_model, **config_overrides(arguments))
+    processor = NoteLLM2Processor.from_vision_text_pretrained(
+        image_processor,
+        tokenizer,
+        model=model,
+        prompt_language=arguments.prompt_language,
+        max_title_length=arguments.max_title_length,
+        max_content_length=arguments.max_content_length,
+    )
+    return model.eval(), processor
+
+
+def load_text(source: str, num_layers: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """LLM and tokenizer, packaged or by id or folder."""
+    if source == PACKAGED_TEXT:
+        return load_smollm2(num_layers)
+    model = AutoModel.from_pretrained(source)
+    if num_layers is not None:
+        keep_first_layers(model, num_layers)
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def load_vision(source: str) -> tuple[PreTrainedModel | str, Any]:
+    """Vision encoder and image processor; an id or folder stays one, for the model and the processor to load."""
+    return load_efficientnet_lite0() if source == PACKAGED_VISION else (source, source)
+
+
+def config_overrides(arguments: AssembleArguments) -> dict[str, Any]:
+    """The options that are fields of `NoteLLM2Config`."""
+    names = ("num_query_tokens", "micl", "early_fusion", "late_fusion")
+    return {name: getattr(arguments, name) for name in names} | {
+        "embedding_dim": arguments.embedding_dim or None,
+        "qformer_config": {
+            "num_hidden_layers": arguments.qformer_layers,
+            "hidden_size": arguments.qformer_hidden_size,
+            "num_attention_heads": arguments.qformer_heads,
+            "intermediate_size": 4 * arguments.qformer_hidden_size,
+        },
+    }
+
+
+def check_output(output: Path) -> None:
+    """Only a folder that this command wrote may be replaced.
+
+    Raises:
+        ValueError: for any other folder or file.
+    """
+    if output.exists() and not (output / RECORD).is_file():
+        raise ValueError(f"{output} exists and is no result of this command; choose another --output.")
+
+
+def save(model: NoteLLM2Model, processor: NoteLLM2Processor, arguments: AssembleArguments) -> Path:
+    """Writes model, processor, code and options beside `--output`, then puts the folder in its place."""
+    output = Path(arguments.output)
+    check_output(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        model.save_pretrained(beside)
+        processor.save_pretrained(beside)
+        (beside / RECORD).write_text(
+            json.dumps(asdict(arguments), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        beside.chmod(0o755)  # mkdtemp's folders are private
+        if output.exists():
+            shutil.rmtree(output)
+        beside.rename(output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return output
+
+
+def describe(model: NoteLLM2Model) -> str:
+    """One line for each part of the model with its parameters, and what is trained of them."""
+    own = [model.query_tokens] if model.query_tokens is not None else []
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    counts["query tokens, logit scale"] = sum(p.numel() for p in [*own, model.logit_scale])
+    kinds = {"vision_model": type(model.vision_model).__name__, "language_model": type(model.language_model).__name__}
+    lines = [f"  {name:<26}{count:>14,}  {kinds.get(name, '')}".rstrip() for name, count in counts.items()]
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config: NoteLLM2Config = model.config
+    return "\n".join(
+        [
+            f"NoteLLM-2, prompt {config.prompt_mode!r}, embeddings of {config.embedding_dim or 'LLM'} dimensions",
+            *lines,
+            f"  {'all':<26}{sum(counts.values()):>14,}  {trainable:,} of them trainable",
+        ]
+    )
+
+
+def main() -> None:
+    """Entry point; a mistake in the options ends with its message alone."""
+    arguments = HfArgumentParser(AssembleArguments).parse_args_into_dataclasses()[0]
+    try:
+        check_output(Path(arguments.output))
+        model, processor = assemble(arguments)
+        output = save(model, processor, arguments)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"hub/assemble.py: {error}")
+    print(f"{describe(model)}\n{output}: model, processor and code; load it with AutoModel and AutoProcessor.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Training from tables to a saved, measured model, on a tiny model and on items drawn on the spot."""
+
+import io
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from modeling_notellm2 import NoteLLM2Model
+from training.arguments import NoteLLM2TrainingArguments, parse
+from training.batches import DistinctItemsSampler, ItemCollator, cache_vision_features
+from training.data import PairTable, load_items, load_pairs
+from training.run import run
+from training.trainer import parameter_groups
+
+
+COLOURS = ["red", "green", "blue", "white", "black", "orange"]
+
+
+def picture(colour: str, seed: int) -> bytes:
+    """Left half in the colour, right half in one of many: only training tells which half counts."""
+    other = tuple(np.random.default_rng(seed).integers(0, 256, 3).tolist())
+    image = Image.new("RGB", (32, 32), other)
+    image.paste(Image.new("RGB", (16, 32), colour), (0, 0))
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def title(colour: str, seed: int) -> str:
+    letters = np.random.default_rng(seed).choice(list("abcdefghijklmnopqrstuvwxyz"), 8)
+    return f"{colour} {''.join(letters)}"
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """144 items in six colours, half of them for the evaluation; one has no image, one a broken image."""
+    folder = tmp_path_factory.mktemp("tables")
+    items = []
+    for number in range(144):
+        colour = COLOURS[number % 6]
+        image = {"bytes": picture(colour, number), "path": None} if number != 7 else None
+        split = "train" if number < 72 else "test"
+        items.append(
+            {"item_id": f"i{number}", "title": title(colour, number), "image": image, "colour": colour, "split": split}
+        )
+    broken = {"bytes": picture("red", 0)[:50], "path": None}
+    items.append({"item_id": "broken", "title": "broken", "image": broken, "colour": "red", "split": "train"})
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in ("item_id", "title", "colour", "split")}
+        | {"image": datasets.Image(decode=False)}
+    )
+    datasets.Dataset.from_list(items, features=features).to_parquet(folder / "items.parquet")
+    for name, start in (("train", 0), ("test", 72)):
+        rows = [
+            {"query_id": f"i{start + a}", "target_id": f"i{start + a + 6 * step}", "colour": COLOURS[a % 6]}
+            for step in (1, 2, 3)
+            for a in range(72 - 6 * step)
+        ]
+        if name == "train":
+            rows += [{"query_id": "i0", "target_id": bad, "colour": "red"} for bad in ("broken", "nowhere", "i0")]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def config(tables, tiny_model_folder, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"""
+model: {tiny_model_folder}
+items: {tables}/items.parquet
+train_pairs: {tables}/train.jsonl
+eval_pairs: {tables}/test.jsonl
+eval_split: test
+label_column: colour
+distinct_column: colour
+output_dir: {tmp_path}/run
+max_steps: 60
+per_device_train_batch_size: 6
+learning_rate: 2e-3
+connector_learning_rate: 4e-3
+use_cpu: true
+""")
+    return path
+
+
+@pytest.mark.parametrize("lora_r", ["0", "4"])
+def test_training_learns_saves_and_reports(config, tmp_path, tiny_model_folder, lora_r):
+    report = run(*parse([str(config), "--cache_vision_features", "--lora_r", lora_r]))
+
+    before, after, by_chance = report["before"], report["after"], report["random"]["random/precision@10"]
+    assert after["both/precision@10"] > before["both/precision@10"] + 0.1
+    assert after["both/precision@10"] > 2 * by_chance
+    assert {f"{name}/recall@10" for name in ("both", "image", "text", "visual")} <= set(after)
+    logged = [line for line in report["log"] if "loss" in line]
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert {"multimodal_loss", "visual_loss", "logit_scale"} <= set(logged[0])
+
+    output = tmp_path / "run"
+    assert json.loads((output / "metrics.json").read_text())["after"] == after
+    rejects = [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
+    assert Counter(reject["reason"].split(":")[0] for reject in rejects) == {
+        "unreadable image": 1,
+        "not among the usable items": 2,
+        "query and target are one item": 1,
+    }
+    assert list((output / "logs").glob("events.out.tfevents.*"))
+
+    old, new = (load_file(folder / "model.safetensors") for folder in (tiny_model_folder, output / "model"))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert old.keys() == new.keys()
+    assert not any(name.startswith("vision_model.") for name in changed)
+    assert any(name.startswith("language_model.") for name in changed)
+    assert "query_tokens" in changed
+    model = AutoModel.from_pretrained(output / "model", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(output / "model", trust_remote_code=True)
+    assert model(**processor(["a red thing"], return_tensors="pt")).embeddings.shape == (1, 24)
+
+
+def test_the_command_says_what_is_wrong_and_where_things_are(config, tmp_path):
+    command = [sys.executable, "training/run.py", str(config), "--use_cpu", "--max_steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "metrics.json" in done.stdout.replace("\n", "")
+
+    config.write_text("learning_rte: 1")
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert "unknown option learning_rte" in failed.stderr
+
+
+def test_stored_vision_features_give_the_embeddings_of_the_pixels(tables, tiny_model_folder):
+    model = AutoModel.from_pretrained(tiny_model_folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(tiny_model_folder, trust_remote_code=True)
+    items = load_items(str(tables / "items.parquet"))[0]
+    batch = [items[i] for i in (0, 7, 3)] + [{"item_id": "i5", "title": "without its picture"}]
+    features = cache_vision_features(model, processor, items)
+
+    with torch.no_grad():
+        from_pixels = model(**ItemCollator(processor)(batch))
+        from_features = model(**ItemCollator(processor, features)(batch))
+
+    assert from_features.has_image.tolist() == [True, False, True, False]
+    torch.testing.assert_close(from_features.embeddings, from_pixels.embeddings, atol=2e-3, rtol=0)
+
+
+def test_batches_hold_no_item_and_no_group_twice():
+    generator = np.random.default_rng(0)
+    pairs = [tuple(generator.choice(60, 2, replace=False).tolist()) for _ in range(200)]
+    groups = [str(generator.integers(0, 12)) for _ in pairs]
+    sampler = DistinctItemsSampler(PairTable(pairs, groups), batch_size=8)
+
+    epochs = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert len(epochs[-1]) == len(sampler) == 200
+        for start in range(0, 200, 8):
+            batch = epochs[-1][start : start + 8]
+            assert len({member for pair in batch for member in pairs[pair]}) == 16
+            assert len({groups[pair] for pair in batch}) == 8
+    assert epochs[0] != epochs[1]
+    assert len(set(epochs[0])) > 150
+    with pytest.raises(ValueError, match="can't be filled"):
+        DistinctItemsSampler(PairTable(pairs, groups), batch_size=13)
+
+
+def test_tables_of_every_kind_give_the_same_items(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    expected = [
+        {"item_id": "1", "title": "A", "topics": ["x", "y"], "image": str(tmp_path / "a.png")},
+        {"item_id": "2", "content": "B"},
+    ]
+    (tmp_path / "items.csv").write_text(
+        'item_id,title,topics,content,image\n1,A,"x, y",,a.png\n2,,,B,\n,C,,,\n1,A,,,\n'
+    )
+    (tmp_path / "items.jsonl").write_text(
+        '{"item_id": 1, "title": "A", "topics": ["x", "y"], "image": "a.png"}\nnot json\n'
+        '{"item_id": "2", "content": "B"}\n{"item_id": 3, "title": ["wrong"]}\n{"item_id": 4, "image": "no.png"}\n'
+    )
+
+    items, rejects = load_items(str(tmp_path / "items.csv"))
+    assert list(items) == expected
+    assert [(reject.row, reject.reason) for reject in rejects] == [
+        (2, "item_id is empty"),
+        (3, "item_id occurs twice"),
+    ]
+    items, rejects = load_items(str(tmp_path / "items.jsonl"))
+    assert [{**item, "image": item["image"][0]} if "image" in item else item for item in items] == expected
+    assert sorted(reject.row for reject in rejects) == [1, 3, 4]
+
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "metadata.csv").write_text("file_name,item_id,title\na.png,1,A\n")
+    items, rejects = load_items(str(tmp_path / "photos"))
+    assert items[0]["title"] == "A"
+    assert not rejects
+
+    (tmp_path / "pairs.csv").write_text("query_id,target_id\n7,8\n")
+    with pytest.raises(ValueError, match="none of 1 pairs is usable"):
+        load_pairs(str(tmp_path / "pairs.csv"), items)
+
+
+def test_learning_rates_and_decay_by_part(tiny_model_folder, tmp_path):
+    model = NoteLLM2Model.from_pretrained(tiny_model_folder)
+    arguments = NoteLLM2TrainingArguments(output_dir=str(tmp_path), connector_learning_rate=1e-3, use_cpu=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    placed = {}
+    for group in parameter_groups(model, arguments):
+        for parameter in group["params"]:
+            placed[names[id(parameter)]] = (group["lr"], group["weight_decay"])
+
+    assert set(placed) == {name for name, _ in model.named_parameters() if not name.startswith("vision_model.")}
+    assert placed["language_model.layers.0.mlp.up_proj.weight"] == (3e-6, 1e-3)
+    assert placed["language_model.norm.weight"] == (3e-6, 0)
+    assert placed["query_tokens"] == (1e-3, 1e-3)
+    assert placed["logit_scale"] == (1e-3, 0)

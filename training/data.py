@@ -4,13 +4,11 @@ A bad row never stops a job and never vanishes: it becomes a `Reject` with its t
 `write_rejects` puts them into one JSON lines file.
 """
 
-import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,9 @@ import datasets
 from PIL import Image
 from tqdm.auto import tqdm
 
+from modeling_notellm2.rows_notellm2 import ITEM_FIELDS, BadRow, item_from_row, read_csv_rows, read_json_rows, row_id
 
-ITEM_FIELDS = ("title", "topics", "content", "image")
+
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -65,7 +64,7 @@ class ItemTable:
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The item as the processor takes it: `item_id` and the fields it has."""
-        return read_item(self.table[self.rows[position]], self.folder)
+        return item_from_row(self.table[self.rows[position]], self.folder)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[position] for position in range(len(self)))
@@ -119,7 +118,7 @@ def load_items(source: str, split: str = "train") -> tuple[ItemTable, list[Rejec
 
     ids: dict[str, int] = {}
     for row, raw in enumerate(tqdm(table, desc=f"Checking {Path(source).name}", unit="item")):
-        item_id = _identifier(raw["item_id"])
+        item_id = row_id(raw["item_id"])
         reason = "item_id occurs twice" if item_id in ids else _fault(raw, item_id, folder)
         if reason is None:
             ids[item_id] = row
@@ -147,7 +146,7 @@ def load_pairs(
 
     pairs, groups = [], []
     for number, raw in zip(loaded.numbers, table.select_columns(wanted), strict=True):
-        ids = [_identifier(raw["query_id"]), _identifier(raw["target_id"])]
+        ids = [row_id(raw["query_id"]), row_id(raw["target_id"])]
         unknown = [item_id for item_id in ids if item_id not in items.position_of]
         if unknown:
             rejects.append(Reject(source, number, ids, f"not among the usable items: {', '.join(unknown)}"))
@@ -175,9 +174,9 @@ def load_table(source: str, split: str = "train") -> LoadedTable:
     if suffix in (".jsonl", ".parquet", ".csv") and not path.is_file():
         raise TableError(f"{source}: no such table.")
     if suffix == ".jsonl":
-        return _read_json_lines(path)
+        return _read_rows(path, read_json_rows(path))
     if suffix == ".csv":
-        return _read_csv(path)
+        return _read_rows(path, read_csv_rows(path))
     if suffix == ".parquet":
         table = datasets.load_dataset("parquet", data_files=source, split="train")
     elif path.is_file():
@@ -197,42 +196,12 @@ def write_rejects(rejects: Iterable[Reject], path: Path) -> None:
     os.replace(beside, path)
 
 
-def read_item(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A table row as an item: empty fields left out, ids as text, topics as a list, image paths from `folder`."""
-    item: dict[str, Any] = {"item_id": _identifier(raw["item_id"])}
-    for field in ("title", "content"):
-        if raw.get(field):
-            item[field] = str(raw[field])
-    topics = raw.get("topics")
-    if isinstance(topics, str):  # CSV has no lists
-        topics = json.loads(topics) if topics.lstrip().startswith("[") else topics.replace("，", ",").split(",")
-    topics = [str(topic).strip() for topic in topics or [] if str(topic).strip()]
-    if topics:
-        item["topics"] = topics
-    image = raw.get("image")
-    images = [_located(one, folder) for one in (image if isinstance(image, list) else [image]) if _is_there(one)]
-    if images:
-        item["image"] = images if isinstance(image, list) else images[0]
-    return item
-
-
-def _is_there(image: Any) -> bool:
-    return bool(image.get("bytes") or image.get("path")) if isinstance(image, Mapping) else bool(image)
-
-
-def _located(image: Any, folder: Path) -> Any:
-    """Bytes as they are; a path taken from the table's folder."""
-    if isinstance(image, Mapping):
-        return image["bytes"] if image.get("bytes") else _located(image["path"], folder)
-    return str(folder / image) if isinstance(image, str) else image
-
-
 def _fault(raw: Mapping[str, Any], item_id: str, folder: Path) -> str | None:
     """Why a row can't be used, or None. Images are decoded here: later, one bad file would stop the whole job."""
     if not item_id:
         return "item_id is empty"
     try:
-        item = read_item(raw, folder)
+        item = item_from_row(raw, folder)
     except (ValueError, TypeError) as error:
         return f"unreadable topics: {error}"
     if len(item) == 1:
@@ -248,63 +217,19 @@ def _fault(raw: Mapping[str, Any], item_id: str, folder: Path) -> str | None:
     return None
 
 
-def _identifier(value: Any) -> str:
-    return "" if value is None else str(value).strip()
-
-
-def _read_rows(path: Path, rows: Iterable[tuple[int, Callable[[], dict[str, Any]]]]) -> LoadedTable:
+def _read_rows(path: Path, rows: Iterable[dict[str, Any] | BadRow | None]) -> LoadedTable:
     """Row by row, because one broken row would otherwise refuse the whole file."""
     usable: list[dict[str, Any]] = []
     numbers: list[int] = []
     rejects: list[Reject] = []
-    for number, read in rows:
-        try:
-            usable.append(read())
+    for number, row in enumerate(rows):
+        if isinstance(row, BadRow):
+            rejects.append(Reject(str(path), number, [], row.reason))
+        elif row is not None:
+            usable.append(row)
             numbers.append(number)
-        except ValueError as error:
-            rejects.append(Reject(str(path), number, [], str(error)))
     if not usable:
         raise TableError(f"{path}: no usable row" + (f"; the first: {rejects[0].reason}." if rejects else "."))
     columns = dict.fromkeys(key for row in usable for key in row)
     content = {column: [row.get(column) for row in usable] for column in columns}
     return LoadedTable(datasets.Dataset.from_dict(content), numbers, rejects)
-
-
-def _read_json_lines(path: Path) -> LoadedTable:
-    lines = enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"))
-    return _read_rows(path, ((number, partial(_json_row, line)) for number, line in lines if line.strip()))
-
-
-def _read_csv(path: Path) -> LoadedTable:
-    """Every field as text: an id of digits stays what it is."""
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        reader = csv.reader(stream)
-        header = next(reader, [])
-        return _read_rows(path, ((number, partial(_csv_row, header, row)) for number, row in enumerate(reader)))
-
-
-def _csv_row(header: list[str], row: list[str]) -> dict[str, Any]:
-    if len(row) != len(header):
-        raise ValueError(f"{len(row)} fields, but the header has {len(header)}")
-    return dict(zip(header, row, strict=True))
-
-
-def _json_row(line: str) -> dict[str, Any]:
-    """One line's object with columns of one type each: topics and images as lists, everything else as text."""
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError(f"not a JSON object but {type(row).__name__}")
-    for field in ("topics", "image"):
-        value = row.get(field)
-        if field == "topics" and isinstance(value, str):
-            value = value.replace("，", ",").split(",")
-        value = [value] if isinstance(value, str) else value or []
-        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-            raise ValueError(f"{field} must be text or a list of texts: {json.dumps(row[field])[:80]}")
-        if field in row:
-            row[field] = value
-    for field in ("title", "content"):
-        if not isinstance(row.get(field), str | None):
-            raise ValueError(f"{field} must be text: {json.dumps(row[field])[:80]}")
-    lists = ("topics", "image")
-    return {key: value if key in lists or value is None else str(value) for key, value in row.items()}

@@ -1,4 +1,4 @@
-"""Placeholders and images of a batch must match: counted here, and a mismatch is an error that names the row."""
+"""Where the slots of a batch are, and that they match its images: a mismatch is an error that names the row."""
 
 import torch
 
@@ -8,6 +8,16 @@ from .configuration_notellm2 import NoteLLM2Config
 def positions_of(input_ids: torch.Tensor, token_id: int | None) -> torch.Tensor:
     """Where a token stands: bool, shaped as `input_ids`; nowhere for an id that is not set."""
     return torch.eq(input_ids, -1 if token_id is None else token_id)
+
+
+def last_position(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of each row's last token, whichever side the padding is on: `(n, length)` to `(n,)`."""
+    return (attention_mask.bool() * torch.arange(attention_mask.shape[1], device=attention_mask.device)).argmax(-1)
+
+
+def states_at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Hidden state of each row at its position: `(n, length, width)`, `(n,)` to `(n, width)`."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), positions.to(hidden.device)]
 
 
 def count_images(

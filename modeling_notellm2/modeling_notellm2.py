@@ -5,6 +5,7 @@ at the read-out positions -> gate with the vision encoder's summary feature (lat
 """
 
 import inspect
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,9 @@ from .backbones_notellm2 import (
     tokenizer_of,
 )
 from .configuration_notellm2 import NoteLLM2Config
-from .inputs_notellm2 import count_images, positions_of
+from .inputs_notellm2 import count_images, last_position, positions_of, states_at
 from .loss_notellm2 import complete_pairs, contrastive_pair_loss
+from .saving_notellm2 import write_sentence_transformers_files
 from .vision_notellm2 import vision_features, vision_width
 
 
@@ -126,6 +128,11 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
                 init.zeros_(module.query_tokens)
         else:
             super()._init_weights(module)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As for any model; with the processor's files beside it, the folder also is a sentence-transformers model."""
+        write_sentence_transformers_files(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class NoteLLM2Model(NoteLLM2PreTrainedModel):
@@ -328,11 +335,11 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         )
         summary = self._summary(vision_pooler_output, counts)
         hidden = outputs.last_hidden_state
-        embeddings = self._finish(_read(hidden, _last_position(attention_mask)), summary, has_image)
+        embeddings = self._finish(states_at(hidden, last_position(attention_mask)), summary, has_image)
         visual_embeddings = None
         if self.config.micl:
             before = positions_of(input_ids, self.config.visual_embedding_token_id).int().argmax(-1) - 1
-            visual_embeddings = self._finish(_read(hidden, before.clamp(min=0)), summary, has_image)
+            visual_embeddings = self._finish(states_at(hidden, before.clamp(min=0)), summary, has_image)
             visual_embeddings = visual_embeddings.masked_fill(~has_image.to(hidden.device).unsqueeze(-1), 0)
 
         result = NoteLLM2Output(
@@ -385,16 +392,6 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             output.visual_loss = visual_loss
             output.loss = (multimodal * multimodal_loss + visual * visual_loss) / (visual + multimodal)
         return output
-
-
-def _read(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Hidden state of each row at its position: `(n, length, width)`, `(n,)` to `(n, width)`."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), positions.to(hidden.device)]
-
-
-def _last_position(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position of each row's last token, whichever side the padding is on: `(n, length)` to `(n,)`."""
-    return (attention_mask.bool() * torch.arange(attention_mask.shape[1], device=attention_mask.device)).argmax(-1)
 
 
 __all__ = ["NoteLLM2Model", "NoteLLM2Output", "NoteLLM2PreTrainedModel"]

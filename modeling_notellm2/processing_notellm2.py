@@ -161,6 +161,7 @@ class NoteLLM2Processor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         process_images: bool = True,
+        prefix: str | None = None,
         return_tensors: str | None = None,
         padding: bool | str = True,
         padding_side: str | None = None,
@@ -174,6 +175,7 @@ class NoteLLM2Processor(ProcessorMixin):
                 in order (or a list of lists, one for each prompt).
             process_images (`bool`): False leaves out `pixel_values` and opens no image; the slots stay. For features
                 computed before.
+            prefix (`str`, *optional*): an instruction put before the prompt of each item. Always text: it can't hold slots.
             return_tensors (`str`, *optional*): "pt" or "np"; lists if left out.
             padding, padding_side, max_length, pad_to_multiple_of: as for tokenizers. `max_length` pads, never cuts.
 
@@ -193,6 +195,8 @@ class NoteLLM2Processor(ProcessorMixin):
             rows, sources = self._read_items(items)
         else:
             rows, sources = self._read_prompts(text, images)
+        if prefix:
+            rows = [[prefix, *row] for row in rows]
         data: dict[str, Any] = self._tokenize(rows, padding, padding_side, max_length, pad_to_multiple_of)
         data["num_images"] = [len(of_row) for of_row, _ in sources]
         if process_images and any(data["num_images"]):

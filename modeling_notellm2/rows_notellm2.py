@@ -6,7 +6,7 @@ whoever reads can list it and go on. Needs the standard library alone.
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,33 +50,53 @@ def item_from_row(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def row_id(value: Any) -> str:
-    """An id as text without surrounding blanks; empty for None."""
-    return "" if value is None else str(value).strip()
+    """An id as text without surrounding blanks; empty for None and NaN."""
+    return "" if value is None or value != value else str(value).strip()
 
 
-def read_csv_rows(path: Path) -> Iterator[dict[str, Any] | BadRow]:
-    """The rows of a CSV file with a header, one after another. Every field is text: an id of digits stays what it is."""
+def read_csv_rows(path: Path) -> Iterator[dict[str, Any] | BadRow | None]:
+    """The rows of a CSV file with a header, one after another; None for an empty line, so that rows can be counted."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        reader = csv.reader(stream)
-        header = next(reader, [])
-        for row in reader:
-            if len(row) == len(header):
-                yield dict(zip(header, row, strict=True))
-            else:
-                yield BadRow(f"{len(row)} fields, but the header has {len(header)}")
+        lines = iter(stream)
+        yield from csv_rows(lines, next(csv.reader(lines), []))
 
 
 def read_json_rows(path: Path) -> Iterator[dict[str, Any] | BadRow | None]:
     """The lines of a JSON lines file, one after another; None for an empty line, so that lines can be counted."""
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as stream:
-        for line in stream:
-            if not line.strip():
-                yield None
-                continue
-            try:
-                yield _json_row(line)
-            except ValueError as error:
-                yield BadRow(str(error))
+    with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as stream:
+        yield from json_rows(stream)
+
+
+def csv_rows(lines: Iterable[str], header: Sequence[str]) -> Iterator[dict[str, Any] | BadRow | None]:
+    """Rows of CSV lines below the header. Every field is text: an id of digits stays what it is.
+
+    No line is taken from `lines` before it is needed, so that whoever counts them knows where each row begins.
+    """
+    reader = csv.reader(lines)
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            yield BadRow(str(error))
+            continue
+        if row is None:
+            return
+        if len(row) == len(header):
+            yield dict(zip(header, row, strict=True))
+        else:
+            yield BadRow(f"{len(row)} fields, but the header has {len(header)}") if row else None
+
+
+def json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any] | BadRow | None]:
+    """Rows of JSON lines; None for an empty one."""
+    for line in lines:
+        if not line.strip():
+            yield None
+            continue
+        try:
+            yield _json_row(line)
+        except (ValueError, RecursionError) as error:
+            yield BadRow(str(error))
 
 
 def _json_row(line: str) -> dict[str, Any]:

@@ -16,8 +16,6 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_notellm2 import NoteLLM2Model
 from training.arguments import NoteLLM2TrainingArguments, parse
-from training.batches import DistinctItemsSampler, ItemCollator, cache_vision_features
-from training.data import PairTable, load_items, load_pairs
 from training.run import run
 from training.trainer import parameter_groups
 
@@ -135,78 +133,6 @@ def test_the_command_says_what_is_wrong_and_where_things_are(config, tmp_path):
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert "unknown option learning_rte" in failed.stderr
-
-
-def test_stored_vision_features_give_the_embeddings_of_the_pixels(tables, tiny_model_folder):
-    model = AutoModel.from_pretrained(tiny_model_folder, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(tiny_model_folder, trust_remote_code=True)
-    items = load_items(str(tables / "items.parquet"))[0]
-    batch = [items[i] for i in (0, 7, 3)] + [{"item_id": "i5", "title": "without its picture"}]
-    features = cache_vision_features(model, processor, items)
-
-    with torch.no_grad():
-        from_pixels = model(**ItemCollator(processor)(batch))
-        from_features = model(**ItemCollator(processor, features)(batch))
-
-    assert from_features.has_image.tolist() == [True, False, True, False]
-    torch.testing.assert_close(from_features.embeddings, from_pixels.embeddings, atol=2e-3, rtol=0)
-
-
-def test_batches_hold_no_item_and_no_group_twice():
-    generator = np.random.default_rng(0)
-    pairs = [tuple(generator.choice(60, 2, replace=False).tolist()) for _ in range(200)]
-    groups = [str(generator.integers(0, 12)) for _ in pairs]
-    sampler = DistinctItemsSampler(PairTable(pairs, groups), batch_size=8)
-
-    epochs = []
-    for epoch in (0, 1):
-        sampler.set_epoch(epoch)
-        epochs.append(list(sampler))
-        assert len(epochs[-1]) == len(sampler) == 200
-        for start in range(0, 200, 8):
-            batch = epochs[-1][start : start + 8]
-            assert len({member for pair in batch for member in pairs[pair]}) == 16
-            assert len({groups[pair] for pair in batch}) == 8
-    assert epochs[0] != epochs[1]
-    assert len(set(epochs[0])) > 150
-    with pytest.raises(ValueError, match="can't be filled"):
-        DistinctItemsSampler(PairTable(pairs, groups), batch_size=13)
-
-
-def test_tables_of_every_kind_give_the_same_items(tmp_path):
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    expected = [
-        {"item_id": "1", "title": "A", "topics": ["x", "y"], "image": str(tmp_path / "a.png")},
-        {"item_id": "2", "content": "B"},
-    ]
-    (tmp_path / "items.csv").write_text(
-        'item_id,title,topics,content,image\n1,A,"x, y",,a.png\n2,,,B,\n,C,,,\n1,A,,,\n'
-    )
-    (tmp_path / "items.jsonl").write_text(
-        '{"item_id": 1, "title": "A", "topics": ["x", "y"], "image": "a.png"}\nnot json\n'
-        '{"item_id": "2", "content": "B"}\n{"item_id": 3, "title": ["wrong"]}\n{"item_id": 4, "image": "no.png"}\n'
-    )
-
-    items, rejects = load_items(str(tmp_path / "items.csv"))
-    assert list(items) == expected
-    assert [(reject.row, reject.reason) for reject in rejects] == [
-        (2, "item_id is empty"),
-        (3, "item_id occurs twice"),
-    ]
-    items, rejects = load_items(str(tmp_path / "items.jsonl"))
-    assert [{**item, "image": item["image"][0]} if "image" in item else item for item in items] == expected
-    assert sorted(reject.row for reject in rejects) == [1, 3, 4]
-
-    (tmp_path / "photos").mkdir()
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / "a.png")
-    (tmp_path / "photos" / "metadata.csv").write_text("file_name,item_id,title\na.png,1,A\n")
-    items, rejects = load_items(str(tmp_path / "photos"))
-    assert items[0]["title"] == "A"
-    assert not rejects
-
-    (tmp_path / "pairs.csv").write_text("query_id,target_id\n7,8\n")
-    with pytest.raises(ValueError, match="none of 1 pairs is usable"):
-        load_pairs(str(tmp_path / "pairs.csv"), items)
 
 
 def test_learning_rates_and_decay_by_part(tiny_model_folder, tmp_path):

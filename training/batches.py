@@ -1,190 +1,235 @@
-"""From pair tables to batches: which pairs stand together, and how they become the model's inputs."""
+"""From pairs to the model's inputs, in the data loader's workers.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+An image that can't be read doesn't stop a run: its item goes on with its text, and a pair left with an empty item gives
+its place to another pair of the batch. Both are listed.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
+from transformers.utils import logging
 
-from training.data import ItemTable, PairTable
+from modeling_notellm2.images_notellm2 import image_sources, load_image
+from modeling_notellm2.prompts_notellm2 import ItemError
+from training.data import ItemTable, PairTable, Reject
+from training.images import Item, content_key, read_encoded
+from training.negatives import TEXT_FIELDS
+from training.sampling import DistinctItemsSampler
+from training.vision_cache import VisionCache, open_vision_cache
 
 
-Item = dict[str, Any]
+logger = logging.get_logger(__name__)
+
+Picture = Image.Image | int
+"""An open picture, or where its features stand in the cache."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What the collator gets of a pair: query, target, then its hard negatives.
+
+    Attributes:
+        positions: (2 + k,) positions in the item table.
+        items: the items themselves; images stay encoded.
+    """
+
+    positions: np.ndarray
+    items: list[Item]
 
 
 class PairDataset(Dataset):
-    """(query item, target item) by position; images stay encoded until the collator's processor opens them."""
+    """Pairs by position, with their items."""
 
     def __init__(self, items: ItemTable, pairs: PairTable):
-        self.items, self.pairs = items, pairs.pairs
+        self.items, self.pairs = items, pairs
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[Item, Item]:
-        query, target = self.pairs[index]
-        return self.items[query], self.items[target]
-
-
-class DistinctItemsSampler(Sampler[int]):
-    """Shuffled pairs, ordered so that no batch holds an item twice, nor a group twice where pairs have groups.
-
-    Every other row of a batch serves as a negative, so a second copy of an item (or of a group, where a group means
-    that its members fit together) would be a wrong one. An epoch has floor(pairs / batch size) batches. A pair that
-    fits into none of them is passed over for this epoch, and its place goes to a pair drawn again.
-
-    Args:
-        pairs: the pairs to order.
-        batch_size: pairs in a batch.
-        seed: of the order; the epoch, set by `set_epoch`, changes it too.
-
-    Raises:
-        ValueError: when not even one batch can be filled.
-    """
-
-    LOOKAHEAD = 50
-    """How many batches' worth of pairs are tried for one batch: bounds the time on skewed tables."""
-
-    def __init__(self, pairs: PairTable, batch_size: int, seed: int = 0):
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
-        self.keys = np.array(pairs.pairs, dtype=np.int64).reshape(-1, 2)
-        if pairs.groups is not None:
-            first = self.keys.max() + 1
-            groups = np.unique(pairs.groups, return_inverse=True)[1]
-            self.keys = np.column_stack([self.keys, groups + first])
-        if len(self) == 0:
-            raise ValueError(f"{len(self.keys)} pairs don't fill one batch: lower per_device_train_batch_size.")
-        reached = max(len(self._fill(order, [])[0]) for order in self._orders(8))
-        if reached < batch_size:
-            raise ValueError(
-                f"A batch of {batch_size} pairs without a common item or group can't be filled, only {reached}: lower "
-                "per_device_train_batch_size, or drop distinct_column."
-            )
-
-    def _orders(self, count: int) -> Iterator[list[int]]:
-        generator = np.random.default_rng(self.seed)
-        return (generator.permutation(len(self.keys)).tolist() for _ in range(count))
-
-    def __len__(self) -> int:
-        return len(self.keys) // self.batch_size * self.batch_size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Change the order; accelerate's data loader calls this."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng([self.seed, self.epoch])
-        waiting = generator.permutation(len(self.keys)).tolist()
-        for _ in range(len(self) // self.batch_size):
-            batch, waiting = self._fill(waiting, [])
-            while len(batch) < self.batch_size:
-                batch, _ = self._fill(generator.permutation(len(self.keys)).tolist(), batch)
-            yield from batch
-
-    def _fill(self, waiting: list[int], batch: list[int]) -> tuple[list[int], list[int]]:
-        """Add pairs from the front to `batch` where they share no key; returns the batch and those still waiting."""
-        used = {key for pair in batch for key in self.keys[pair].tolist()}
-        batch, passed_over = list(batch), []
-        tried = 0
-        for pair in waiting[: self.LOOKAHEAD * self.batch_size]:
-            if len(batch) == self.batch_size:
-                break
-            tried += 1
-            keys = self.keys[pair].tolist()
-            if used.isdisjoint(keys):
-                used.update(keys)
-                batch.append(pair)
-            else:
-                passed_over.append(pair)
-        return batch, passed_over + waiting[tried:]
-
-
-@dataclass(frozen=True)
-class VisionFeatures:
-    """Output of a frozen vision encoder for every image of an item table, kept in memory.
-
-    Attributes:
-        hidden_states: (images, tokens, width) float16 or the encoder's own half precision.
-        pooler_output: (images, width).
-        rows: item id to the first and the one-past-last row of its images.
-    """
-
-    hidden_states: Tensor
-    pooler_output: Tensor
-    rows: dict[str, tuple[int, int]]
-
-    def summary(self, item_id: str) -> Tensor:
-        """(width,) float32: the mean summary feature of an item's images; zeros without one."""
-        first, end = self.rows[item_id]
-        return self.pooler_output[first:end].float().sum(0) / max(end - first, 1)
-
-    def of(self, items: Sequence[Item], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The model's `vision_hidden_states` and `vision_pooler_output` for these items, in their order.
-
-        An item without the field `image` gets none, even if the table has its picture.
-        """
-        rows = [row for item in items if item.get("image") is not None for row in range(*self.rows[item["item_id"]])]
-        if not rows:
-            return {}
-        return {
-            "vision_hidden_states": self.hidden_states[rows].to(dtype),
-            "vision_pooler_output": self.pooler_output[rows].to(dtype),
-        }
-
-
-@torch.no_grad()
-def cache_vision_features(model: Any, processor: Any, items: ItemTable, batch_size: int = 32) -> VisionFeatures | None:
-    """Run the frozen vision encoder once over all images; None when no item has one.
-
-    Stored in half precision: 16-bit rounding of a feature is far below what training moves, and halves the memory.
-    """
-    hidden, pooled, rows, total = [], [], {}, 0
-    model.eval()
-    for start in tqdm(range(0, len(items), batch_size), desc="Vision features", unit="batch"):
-        batch = [items[i] for i in range(start, min(start + batch_size, len(items)))]
-        inputs = processor(
-            [{k: item[k] for k in ("item_id", "image") if k in item} for item in batch], return_tensors="pt"
-        )
-        for item, count in zip(batch, inputs["num_images"].tolist(), strict=True):
-            rows[item["item_id"]] = (total, total + count)
-            total += count
-        if "pixel_values" in inputs:
-            features = model.get_vision_features(inputs["pixel_values"].to(model.device, model.dtype))
-            hidden.append(_half(features.last_hidden_state))
-            pooled.append(_half(features.pooler_output))
-    if not hidden:
-        return None
-    return VisionFeatures(torch.cat(hidden), torch.cat(pooled), rows)
-
-
-def _half(features: Tensor) -> Tensor:
-    return features.to("cpu", features.dtype if features.dtype == torch.bfloat16 else torch.float16)
+    def __getitem__(self, index: int) -> Pair:
+        positions = self.pairs.pairs[index]
+        if self.pairs.negatives is not None:
+            positions = np.concatenate([positions, self.pairs.negatives[index]])
+        return Pair(positions, [self.items[position] for position in positions.tolist()])
 
 
 @dataclass
 class ItemCollator:
-    """Items to the model's inputs: through the processor, with stored vision features in place of pixels if given."""
+    """Items to the model's inputs, with stored vision features in place of pixels where the cache has them.
+
+    A batch whose images are partly stored has both, and `cached_images` (images,) bool beside them; it goes through
+    `training.vision_cache.complete_vision_features` before the model.
+
+    Attributes:
+        processor: the model's.
+        features: cache of vision features; None: all pixels.
+        dtype: of stored features as they are given out.
+        rejects: JSON lines file to which unreadable images are added, each once for every worker that meets it.
+    """
 
     processor: Any
-    features: VisionFeatures | None = None
+    features: VisionCache | None = None
     dtype: torch.dtype = torch.float32
+    rejects: Path | None = None
+    listed: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """The inputs of these items, in their order. One whose only content is an unreadable image has an empty prompt."""
+        return self.inputs([self.open(item) for item in items])
+
+    def open(self, item: Item) -> tuple[Item, list[Picture]]:
+        """The item and its pictures; one that can't be read is left out and listed."""
+        sources = image_sources(item.get("image"))
+        readable, pictures = [], []
+        for source in sources:
+            try:
+                pictures.append(self._picture(source))
+                readable.append(source)
+            except ItemError as error:
+                self._list(item, str(error))
+        return (item if len(readable) == len(sources) else {**item, "image": readable}), pictures
+
+    def inputs(self, opened: Sequence[tuple[Item, list[Picture]]]) -> dict[str, Tensor]:
+        """The model's inputs for opened items."""
+        inputs = dict(self.processor([item for item, _ in opened], process_images=False, return_tensors="pt"))
+        pictures = [picture for _, of_item in opened for picture in of_item]
+        stored = [picture for picture in pictures if isinstance(picture, int)]
+        pixels = [picture for picture in pictures if not isinstance(picture, int)]
+        if stored:
+            assert self.features is not None
+            hidden, pooled = self.features.read(stored)
+            inputs |= {"vision_hidden_states": hidden.to(self.dtype), "vision_pooler_output": pooled.to(self.dtype)}
+        if pixels:
+            inputs |= self.processor.image_processor(images=pixels, return_tensors="pt")
+        if stored and pixels:
+            inputs["cached_images"] = torch.tensor([isinstance(picture, int) for picture in pictures])
+        return inputs
+
+    def _picture(self, source: Any) -> Picture:
         if self.features is None:
-            return dict(self.processor(list(items), return_tensors="pt"))
-        inputs = self.processor(list(items), process_images=False, return_tensors="pt")
-        return {**inputs, **self.features.of(items, self.dtype)}
+            return load_image(source)
+        encoded = read_encoded(source)
+        stored = self.features.find(content_key(encoded))
+        return load_image(encoded) if stored is None else stored
+
+    def _list(self, item: Item, fault: str) -> None:
+        name = str(item.get("item_id", ""))
+        if name in self.listed:
+            return
+        self.listed.add(name)
+        reject = Reject("items, met in a batch", -1, [name], f"unreadable image: {fault}")
+        logger.warning("item_id %r: %s", name, reject.reason)
+        if self.rejects is not None:
+            with self.rejects.open("a", encoding="utf-8") as stream:  # one short write: lines of workers don't mix
+                stream.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
 
 
 @dataclass
 class PairCollator:
-    """Pairs to one batch of items as the loss reads it: all first members, then all second members."""
+    """Pairs to one batch of items as the loss reads it: all queries, all targets, then all hard negatives.
+
+    Beside the model's inputs a batch has `item_index` (rows,) int64, positions in the item table, and `num_pairs` (int).
+    A pair with an item that has nothing left gives its place to another pair of the batch, which then stands in it
+    twice; the loss masks such copies by `item_index`.
+
+    Attributes:
+        collate_items: makes the inputs.
+        image_dropout, text_dropout: probability that an item that has both loses its images, or its texts.
+        seed: with the batch's items it decides which items lose something, so a resumed run decides alike.
+
+    Raises:
+        ValueError: for probabilities that are none, or that exceed 1 together.
+    """
 
     collate_items: ItemCollator
+    image_dropout: float = 0.0
+    text_dropout: float = 0.0
+    seed: int = 0
 
-    def __call__(self, pairs: Sequence[tuple[Item, Item]]) -> dict[str, Tensor]:
-        return self.collate_items([query for query, _ in pairs] + [target for _, target in pairs])
+    def __post_init__(self) -> None:
+        if min(self.image_dropout, self.text_dropout) < 0 or self.image_dropout + self.text_dropout > 1:
+            raise ValueError(
+                f"image_dropout {self.image_dropout} and text_dropout {self.text_dropout} must be probabilities whose "
+                "sum is at most 1."
+            )
+
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        """The batch.
+
+        Raises:
+            ItemError: when not one pair of the batch is usable.
+        """
+        opened = [[self.collate_items.open(item) for item in pair.items] for pair in pairs]
+        usable = [number for number, members in enumerate(opened) if all(map(_has_content, members))]
+        if not usable:
+            ids = ", ".join(str(item.get("item_id")) for pair in pairs for item in pair.items)
+            raise ItemError(
+                f"No pair of the batch has two items with a readable image or a text; its items: {ids[:500]}"
+            )
+        kept = [n if n in set(usable) else usable[n % len(usable)] for n in range(len(pairs))]
+        positions = np.stack([pairs[number].positions for number in kept]).T.reshape(-1).astype(np.int64)
+        rows = [opened[number][member] for member in range(len(pairs[0].items)) for number in kept]
+        inputs = self.collate_items.inputs(self._drop(rows, positions))
+        return {**inputs, "item_index": torch.from_numpy(positions), "num_pairs": len(pairs)}
+
+    def _drop(self, rows: list[tuple[Item, list[Picture]]], positions: np.ndarray) -> list[tuple[Item, list[Picture]]]:
+        """Modality dropout; an item never loses both."""
+        if not (self.image_dropout or self.text_dropout):
+            return rows
+        drawn = np.random.default_rng([self.seed, *positions.tolist()]).random(len(rows))
+        return [self._drop_one(item, pictures, chance) for (item, pictures), chance in zip(rows, drawn, strict=True)]
+
+    def _drop_one(self, item: Item, pictures: list[Picture], chance: float) -> tuple[Item, list[Picture]]:
+        if not pictures or not _has_text(item):
+            return item, pictures
+        if chance < self.image_dropout:
+            return {key: value for key, value in item.items() if key != "image"}, []
+        if chance < self.image_dropout + self.text_dropout:
+            return {key: value for key, value in item.items() if key not in TEXT_FIELDS}, pictures
+        return item, pictures
+
+
+def cache_vision_features(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    root: Path | None = None,
+    limit_gb: float = 50.0,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> VisionCache:
+    """The model's vision cache, filled with the items' images; arguments as of `open_vision_cache` and its `fill`."""
+    cache = open_vision_cache(model, processor, root)
+    cache.fill(model, processor, items, limit_gb, batch_size, num_workers)
+    return cache
+
+
+VisionFeatures = VisionCache
+
+
+def _has_text(item: Item) -> bool:
+    return any(item.get(name) for name in TEXT_FIELDS)
+
+
+def _has_content(opened: tuple[Item, list[Picture]]) -> bool:
+    item, pictures = opened
+    return bool(pictures) or _has_text(item)
+
+
+__all__ = [
+    "DistinctItemsSampler",
+    "ItemCollator",
+    "Pair",
+    "PairCollator",
+    "PairDataset",
+    "VisionFeatures",
+    "cache_vision_features",
+]

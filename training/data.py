@@ -1,235 +1,372 @@
-"""Item and pair tables: from a file, folder or Hub id to checked rows, with every row left out listed and counted.
+"""Item and pair tables, checked and addressed by position: what training, evaluation and mining of negatives read.
 
-A bad row never stops a job and never vanishes: it becomes a `Reject` with its table, row, ids and reason, and
-`write_rejects` puts them into one JSON lines file.
+Rows stay mapped (`training.tables`). In memory are, for each item, its id as Arrow holds it and a row number; for each
+pair, two positions of 4 bytes. Ten million items are a few hundred megabytes.
 """
 
-import io
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import datasets
-from PIL import Image
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from modeling_notellm2.rows_notellm2 import ITEM_FIELDS, BadRow, item_from_row, read_csv_rows, read_json_rows, row_id
+from modeling_notellm2.rows_notellm2 import ITEM_FIELDS, item_from_row
+from training.images import PER_TASK, image_faults
+from training.tables import (
+    BLOCK,
+    LoadedTable,
+    Reject,
+    RejectedRows,
+    Rejects,
+    TableError,
+    arrow_blocks,
+    load_table,
+    write_rejects,
+)
 
 
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+IMAGES_CHECKED = 1_000_000
+"""Tables of up to so many items have every image opened when they are loaded, unless the caller decides."""
 
 
-class TableError(ValueError):
-    """A table that can't be used at all; the message says what it lacks."""
+class ItemIds(Sequence[str]):
+    """The ids of an item table as strings, made when they are asked for."""
+
+    def __init__(self, column: pa.Array):
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    @overload
+    def __getitem__(self, position: int) -> str: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[str]: ...
+    def __getitem__(self, position: int | slice) -> str | list[str]:
+        if isinstance(position, slice):
+            return self.column[position].to_pylist()
+        return self.column[int(position)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return (item_id for start in range(0, len(self), BLOCK) for item_id in self[start : start + BLOCK])
+
+    def positions(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """(m,) int32 position of each id; -1 for one that is none of these. A pass over all ids, so ask for many."""
+        found = pc.index_in(ids.cast(pa.large_string()), value_set=self.column)
+        pa.default_memory_pool().release_unused()
+        return found.fill_null(-1).to_numpy(zero_copy_only=False)
 
 
-@dataclass(frozen=True)
-class Reject:
-    """A row that is left out. `row` counts from 0 (in JSON lines: every line, empty ones too)."""
-
-    table: str
-    row: int
-    ids: list[str]
-    reason: str
-
-
-@dataclass(frozen=True)
-class LoadedTable:
-    """Rows as `datasets` holds them, the number of each in its source, and those that could not be read."""
-
-    rows: datasets.Dataset
-    numbers: Sequence[int]
-    rejects: list[Reject]
-
-
-class ItemTable:
-    """Items by position or by id. Images stay encoded until the processor opens them.
+class ItemTable(Sequence[dict[str, Any]]):
+    """Items by position. Images stay encoded until the processor opens them.
 
     Args:
         table: any rows with `item_id` and some of title, topics, content, image.
-        item_ids: of the usable rows, all different.
-        rows: positions of the usable rows in `table`, in order.
+        ids: (n,) Arrow large_string of the usable rows, all different.
+        rows: (n,) integer positions of the usable rows in `table`.
         folder: where relative image paths start.
     """
 
-    def __init__(self, table: datasets.Dataset, item_ids: list[str], rows: list[int], folder: Path):
-        self.table, self.item_ids, self.rows, self.folder = table, item_ids, rows, folder
-        self.position_of = {item_id: position for position, item_id in enumerate(item_ids)}
+    def __init__(self, table: datasets.Dataset, ids: pa.Array, rows: np.ndarray, folder: Path):
+        self.table, self.item_ids, self.rows, self.folder = table, ItemIds(ids), rows, folder
+        self._fields = table.select_columns([name for name in ("item_id", *ITEM_FIELDS) if name in table.column_names])
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        """The item as the processor takes it: `item_id` and the fields it has."""
-        return item_from_row(self.table[self.rows[position]], self.folder)
+    @overload
+    def __getitem__(self, position: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, position: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        """The item (or those of a slice) as the processor takes it: `item_id` and the fields it has."""
+        if not isinstance(position, slice):
+            return item_from_row(self._fields[int(self.rows[position])], self.folder)
+        columns = self._fields[self.rows[position]]
+        raws = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        return [item_from_row(raw, self.folder) for raw in raws]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[position] for position in range(len(self)))
+        return (item for start in range(0, len(self), PER_TASK) for item in self[start : start + PER_TASK])
 
     def column(self, name: str) -> list[Any]:
-        """A further column (a category, a split), in the order of the items.
+        """A further column (a category, a split), in the order of the items, as Python values.
 
         Raises:
             TableError: when the table has no such column.
         """
+        return self._column(name).to_pylist()
+
+    def where(self, name: str, value: str) -> np.ndarray:
+        """(m,) int64 positions of the items whose column says `value`, compared as texts.
+
+        Raises:
+            TableError: when the table has no such column.
+        """
+        return np.flatnonzero(pc.equal(self._column(name).cast(pa.string()), value).fill_null(False).to_numpy())
+
+    def select(self, positions: Sequence[int] | np.ndarray) -> "ItemTable":
+        """The items at `positions`, as a table of their own."""
+        chosen = np.asarray(positions, dtype=np.int64)
+        return ItemTable(self.table, self.item_ids.column.take(pa.array(chosen)), self.rows[chosen], self.folder)
+
+    def _column(self, name: str) -> pa.ChunkedArray:
         if name not in self.table.column_names:
             raise TableError(f"The item table has no column '{name}'; it has {', '.join(self.table.column_names)}.")
-        return self.table.select_columns(name).select(self.rows)[name][:]
-
-    def select(self, positions: Sequence[int]) -> "ItemTable":
-        """The items at `positions`, as a table of their own."""
-        ids = [self.item_ids[position] for position in positions]
-        return ItemTable(self.table, ids, [self.rows[position] for position in positions], self.folder)
+        return self.table.select_columns([name]).with_format("arrow")[self.rows][name]
 
 
 @dataclass(frozen=True)
 class PairTable:
-    """Pairs as positions in an item table; `groups` holds the `distinct_column` of each pair, if asked for."""
+    """Pairs as positions in an item table.
 
-    pairs: list[tuple[int, int]]
-    groups: list[str] | None = None
+    Attributes:
+        pairs: (n, 2) int32, query and target.
+        groups: (n,) int32 code of each pair's `distinct_column`, if asked for.
+        negatives: (n, k) int32 hard negatives of each pair, if the table has columns negative_1 .. negative_k.
+    """
+
+    pairs: np.ndarray
+    groups: np.ndarray | None = None
+    negatives: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def members(self) -> np.ndarray:
+        """(n, 2 + k) int32: query, target, hard negatives."""
+        return self.pairs if self.negatives is None else np.concatenate([self.pairs, self.negatives], axis=1)
 
 
-def load_items(source: str, split: str = "train") -> tuple[ItemTable, list[Reject]]:
-    """Read an item table and check every row, images included.
+def load_items(
+    source: str, split: str = "train", check_images: bool | None = None, num_workers: int = 0
+) -> tuple[ItemTable, Rejects]:
+    """Read an item table and check every row.
 
     Args:
-        source: a .parquet, .jsonl or .csv file, a folder (an image folder with metadata, Parquet files, or one that
-            `save_to_disk` wrote), or a dataset id of the Hub.
-        split: which split of a folder or Hub dataset.
+        source, split: as for `load_table`.
+        check_images: open every image too, and reject items whose image can't be read. None: for tables of up to
+            `IMAGES_CHECKED` items; beyond, a pass over all images is left to `--validate_only`, and an unreadable one is
+            met by the collator.
+        num_workers: processes that open images; 0: this one.
 
     Raises:
         TableError: when there is no `item_id` column, no item field, or no usable row.
     """
-    loaded = load_table(source, split)
-    table, rejects = loaded.rows, list(loaded.rejects)
-    columns = set(table.column_names)
+    loaded, rejects = load_table(source, split)
+    columns = set(loaded.rows.column_names)
     if "item_id" not in columns or not columns & set(ITEM_FIELDS):
         raise TableError(
             f"{source}: an item table needs 'item_id' and at least one of {', '.join(ITEM_FIELDS)}; "
-            f"it has {', '.join(table.column_names)}."
+            f"it has {', '.join(loaded.rows.column_names)}."
         )
-    if "image" in columns and isinstance(table.features["image"], datasets.Image):
-        table = table.cast_column("image", datasets.Image(decode=False))
+    if "image" in columns and isinstance(loaded.rows.features["image"], datasets.Image):
+        encoded = loaded.rows.cast_column("image", datasets.Image(decode=False))
+        loaded = LoadedTable(loaded.source, encoded, loaded.readable, loaded.numbers)
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    ids = clean_ids(loaded, "item_id").combine_chunks()
 
-    ids: dict[str, int] = {}
-    for row, raw in enumerate(tqdm(table, desc=f"Checking {Path(source).name}", unit="item")):
-        item_id = row_id(raw["item_id"])
-        reason = "item_id occurs twice" if item_id in ids else _fault(raw, item_id, folder)
-        if reason is None:
-            ids[item_id] = row
-        else:
-            rejects.append(Reject(source, loaded.numbers[row], [item_id], reason))
-    if not ids:
-        raise TableError(f"{source}: none of {len(table)} rows is usable; the first: {rejects[0].reason}.")
-    return ItemTable(table, list(ids), list(ids.values()), folder), rejects
+    def rejected(rows: np.ndarray, reason: str, details: pa.Array | None = None) -> None:
+        nonlocal rejects, usable
+        rejects += Rejects(RejectedRows(loaded, rows, reason, details, ("item_id",)))
+        usable = np.setdiff1d(usable, rows, assume_unique=True)
+
+    usable = loaded.readable
+    rejected(usable[pc.equal(ids.take(pa.array(usable)), "").to_numpy(zero_copy_only=False)], "item_id is empty")
+    for reason, rows, details in _content_faults(loaded, usable, folder):
+        rejected(rows, reason, details)
+    chosen = ids.take(pa.array(usable))
+    rejected(usable[ItemIds(chosen).positions(chosen) != np.arange(len(usable))], "item_id occurs twice")
+    if len(usable) and (check_images if check_images is not None else len(usable) <= IMAGES_CHECKED):
+        faults = list(image_faults(ItemTable(loaded.rows, ids.take(pa.array(usable)), usable, folder), num_workers))
+        broken = usable[[position for position, _ in faults]]
+        rejected(broken, "unreadable image", pa.array([fault for _, fault in faults], pa.string()))
+    if not len(usable):
+        first = next(iter(rejects), None)
+        raise TableError(
+            f"{source}: none of {len(loaded.rows)} rows is usable" + (f"; the first: {first.reason}." if first else ".")
+        )
+    return ItemTable(loaded.rows, ids.take(pa.array(usable)), usable, folder), rejects
 
 
-def load_pairs(
-    source: str, items: ItemTable, split: str = "train", distinct_column: str | None = None
-) -> tuple[PairTable, list[Reject]]:
-    """Read a pair table; pairs whose members are not in `items`, or are one item, are rejected.
+@dataclass(frozen=True)
+class MatchedPairs:
+    """A pair table held against an item table: `pairs` (m, 2) int32, its `rows` (m,) int64, and what was left out."""
+
+    table: LoadedTable
+    rows: np.ndarray
+    pairs: np.ndarray
+    rejects: Rejects
+
+
+def match_pairs(source: str, items: ItemTable, split: str = "train") -> MatchedPairs:
+    """Find the members of each pair; pairs whose members are not in `items`, or are one item, are rejected.
 
     Raises:
         TableError: when a column is missing or no pair is usable.
     """
-    loaded = load_table(source, split)
-    table, rejects = loaded.rows, list(loaded.rejects)
-    wanted = ["query_id", "target_id", *([distinct_column] if distinct_column else [])]
-    missing = [column for column in wanted if column not in table.column_names]
-    if missing:
-        raise TableError(f"{source}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}.")
-
-    pairs, groups = [], []
-    for number, raw in zip(loaded.numbers, table.select_columns(wanted), strict=True):
-        ids = [row_id(raw["query_id"]), row_id(raw["target_id"])]
-        unknown = [item_id for item_id in ids if item_id not in items.position_of]
-        if unknown:
-            rejects.append(Reject(source, number, ids, f"not among the usable items: {', '.join(unknown)}"))
-        elif ids[0] == ids[1]:
-            rejects.append(Reject(source, number, ids, "query and target are one item"))
-        else:
-            pairs.append((items.position_of[ids[0]], items.position_of[ids[1]]))
-            groups.append(str(raw[distinct_column]) if distinct_column else "")
-    if not pairs:
+    loaded, rejects = load_table(source, split)
+    require_columns(loaded, ["query_id", "target_id"])
+    rows = loaded.readable
+    pairs = np.empty((len(rows), 2), dtype=np.int32)
+    for side, name in enumerate(("query_id", "target_id")):
+        pairs[:, side] = items.item_ids.positions(clean_ids(loaded, name))[rows]
+    known = pairs >= 0
+    reasons = {
+        "not among the usable items: query and target": ~known.any(1),
+        "not among the usable items: query": ~known[:, 0] & known[:, 1],
+        "not among the usable items: target": known[:, 0] & ~known[:, 1],
+        "query and target are one item": known.all(1) & (pairs[:, 0] == pairs[:, 1]),
+    }
+    for reason, wrong in reasons.items():
+        rejects += Rejects(RejectedRows(loaded, rows[wrong], reason, id_columns=("query_id", "target_id")))
+    usable = known.all(1) & (pairs[:, 0] != pairs[:, 1])
+    if not usable.any():
+        first = next(iter(rejects), None)
         raise TableError(
-            f"{source}: none of {len(table)} pairs is usable"
-            + (f"; the first: {rejects[0].reason}. Does it belong to the item table?" if rejects else ".")
+            f"{source}: none of {len(loaded.rows)} pairs is usable"
+            + (f"; the first: {first.reason}. Does it belong to the item table?" if first else ".")
         )
-    return PairTable(pairs, groups if distinct_column else None), rejects
+    return MatchedPairs(loaded, rows[usable], pairs[usable], rejects)
 
 
-def load_table(source: str, split: str = "train") -> LoadedTable:
-    """Rows of a file, a folder or a Hub dataset, with the rows that could not be read.
+def load_pairs(
+    source: str, items: ItemTable, split: str = "train", distinct_column: str | None = None, seed: int = 0
+) -> tuple[PairTable, Rejects]:
+    """Read a pair table, with the hard negatives of its columns negative_1 .. negative_k where it has them.
+
+    A hard negative that is empty or not among the items gives its place to an item drawn from the table's pairs, so
+    that all batches have one shape.
+
+    Args:
+        distinct_column: becomes `PairTable.groups`.
+        seed: of the negatives that are drawn.
 
     Raises:
-        TableError: when `source` looks like a file and is none, or is a file of another type.
+        TableError: when a column is missing or no pair is usable.
     """
-    path = Path(source)
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".parquet", ".csv") and not path.is_file():
-        raise TableError(f"{source}: no such table.")
-    if suffix == ".jsonl":
-        return _read_rows(path, read_json_rows(path))
-    if suffix == ".csv":
-        return _read_rows(path, read_csv_rows(path))
-    if suffix == ".parquet":
-        table = datasets.load_dataset("parquet", data_files=source, split="train")
-    elif path.is_file():
-        raise TableError(f"{source}: a table is a .parquet, .jsonl or .csv file, a folder, or a Hub dataset id.")
-    elif (path / "state.json").exists():
-        table = datasets.load_from_disk(source)
-    else:
-        table = datasets.load_dataset(source, split=split)
-    return LoadedTable(table, range(len(table)), [])
+    matched = match_pairs(source, items, split)
+    columns = matched.table.rows.column_names
+    groups = negatives = None
+    if distinct_column is not None:
+        require_columns(matched.table, [distinct_column])
+        values = matched.table.rows.select_columns([distinct_column]).with_format("arrow")[matched.rows]
+        groups = pc.fill_null(values[distinct_column].combine_chunks().dictionary_encode().indices, -1).to_numpy()
+    names = [name for number in range(1, len(columns)) if (name := f"negative_{number}") in columns]
+    if names:
+        found = [items.item_ids.positions(clean_ids(matched.table, name))[matched.rows] for name in names]
+        negatives = np.stack(found, axis=1)
+        empty = negatives < 0
+        drawn = np.random.default_rng(seed).integers(matched.pairs.size, size=int(empty.sum()))
+        negatives[empty] = matched.pairs.reshape(-1)[drawn]
+    return PairTable(matched.pairs, groups, negatives), matched.rejects
 
 
-def write_rejects(rejects: Iterable[Reject], path: Path) -> None:
-    """One JSON line for each reject; an empty file says that there was none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects))
-    os.replace(beside, path)
+def require_columns(table: LoadedTable, names: Sequence[str]) -> None:
+    """Raises TableError, naming what is there, unless the table has all these columns."""
+    missing = [name for name in names if name not in table.rows.column_names]
+    if missing:
+        raise TableError(
+            f"{table.source}: no column {', '.join(missing)}; it has {', '.join(table.rows.column_names)}."
+        )
 
 
-def _fault(raw: Mapping[str, Any], item_id: str, folder: Path) -> str | None:
-    """Why a row can't be used, or None. Images are decoded here: later, one bad file would stop the whole job."""
-    if not item_id:
-        return "item_id is empty"
-    try:
-        item = item_from_row(raw, folder)
-    except (ValueError, TypeError) as error:
-        return f"unreadable topics: {error}"
-    if len(item) == 1:
-        return f"none of {', '.join(ITEM_FIELDS)} is filled"
-    images = item.get("image", [])
-    for image in images if isinstance(images, list) else [images]:
-        try:
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-                opened.draft("RGB", (64, 64))  # JPEG at low resolution: cheap, and still reads the whole file
-                opened.load()
-        except IMAGE_ERRORS as error:
-            return f"unreadable image: {error}"
-    return None
+def clean_ids(table: LoadedTable, name: str) -> pa.ChunkedArray:
+    """A column of ids as `row_id` has them: text without surrounding blanks, empty for null. Mapped where possible.
+
+    Raises:
+        TableError: for a column that is neither text nor numbers.
+    """
+    chunks = []
+    for _, block in arrow_blocks(table.rows, [name]):
+        for chunk in block[name].chunks:
+            try:
+                text = pc.fill_null(chunk.cast(pa.large_string()), "")
+            except pa.ArrowNotImplementedError as error:
+                raise TableError(f"{table.source}: {name} is a column of {chunk.type}; ids are texts.") from error
+            trimmed = pc.utf8_trim_whitespace(text)
+            chunks.append(text if trimmed.equals(text) else trimmed)
+    return pa.chunked_array(chunks, pa.large_string())
 
 
-def _read_rows(path: Path, rows: Iterable[dict[str, Any] | BadRow | None]) -> LoadedTable:
-    """Row by row, because one broken row would otherwise refuse the whole file."""
-    usable: list[dict[str, Any]] = []
-    numbers: list[int] = []
-    rejects: list[Reject] = []
-    for number, row in enumerate(rows):
-        if isinstance(row, BadRow):
-            rejects.append(Reject(str(path), number, [], row.reason))
-        elif row is not None:
-            usable.append(row)
-            numbers.append(number)
-    if not usable:
-        raise TableError(f"{path}: no usable row" + (f"; the first: {rejects[0].reason}." if rejects else "."))
-    columns = dict.fromkeys(key for row in usable for key in row)
-    content = {column: [row.get(column) for row in usable] for column in columns}
-    return LoadedTable(datasets.Dataset.from_dict(content), numbers, rejects)
+def _content_faults(
+    table: LoadedTable, usable: np.ndarray, folder: Path
+) -> Iterator[tuple[str, np.ndarray, pa.Array | None]]:
+    """Rows whose fields can't be used, by reason. Only rows that the columns leave in doubt are looked at one by one."""
+    fields = [name for name in ITEM_FIELDS if name in table.rows.column_names]
+    considered = np.zeros(len(table.rows), dtype=bool)
+    considered[usable] = True
+    found: dict[str, array[int]] = defaultdict(lambda: array("q"))
+    unreadable: list[str] = []
+    name = Path(table.source).name
+    with tqdm(desc=f"Checking {name}", total=len(table.rows), unit="item") as progress:
+        for start, block in arrow_blocks(table.rows, fields):
+            doubtful = np.flatnonzero(considered[start : start + len(block)] & ~_surely_usable(block))
+            for offset, raw in zip(doubtful.tolist(), block.take(pa.array(doubtful)).to_pylist(), strict=True):
+                try:
+                    if len(item_from_row(raw, folder)) == 1:
+                        found[f"none of {', '.join(ITEM_FIELDS)} is filled"].append(start + offset)
+                except (ValueError, TypeError) as error:
+                    found["unreadable topics"].append(start + offset)
+                    unreadable.append(str(error))
+            progress.update(len(block))
+    for reason, rows in found.items():
+        details = pa.array(unreadable, pa.string()) if reason == "unreadable topics" else None
+        yield reason, np.frombuffer(rows, dtype=np.int64), details
+
+
+def _surely_usable(block: pa.Table) -> np.ndarray:
+    """(rows,) bool: some field is filled and none needs parsing. False only means that the row must be looked at."""
+    filled = np.zeros(len(block), dtype=bool)
+    parsed = np.zeros(len(block), dtype=bool)
+    for name in block.column_names:
+        column = block[name].combine_chunks()
+        if name == "topics" and not _is_list(column.type):
+            parsed = pc.fill_null(pc.match_substring(column.cast(pa.string()), "["), False).to_numpy(False)
+        else:
+            filled |= _filled(column)
+    return filled & ~parsed
+
+
+def _filled(values: pa.Array) -> np.ndarray:
+    """(n,) bool: texts that are not blank, bytes that are not empty, and lists and structs that hold such a one."""
+    if _is_list(values.type):
+        result = np.zeros(len(values), dtype=bool)
+        owners = pc.list_parent_indices(values).to_numpy(zero_copy_only=False)
+        result[owners[_filled(values.flatten())]] = True
+        return result
+    if pa.types.is_struct(values.type):
+        return np.any([_filled(part) for part in values.flatten()], axis=0)
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        values = pc.utf8_trim_whitespace(values)
+    elif not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
+        return np.zeros(len(values), dtype=bool)
+    return pc.fill_null(pc.greater(pc.binary_length(values), 0), False).to_numpy(zero_copy_only=False)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+__all__ = [
+    "ItemIds",
+    "ItemTable",
+    "PairTable",
+    "Reject",
+    "Rejects",
+    "TableError",
+    "clean_ids",
+    "load_items",
+    "load_pairs",
+    "match_pairs",
+    "require_columns",
+    "write_rejects",
+]

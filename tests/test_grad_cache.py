@@ -35,15 +35,18 @@ ITEMS = [
 ]
 
 
-def with_loss(model, pairs: int, numbers: list[int], loss: PairLoss = LOSS):
-    """The loss as a function of embeddings alone."""
-    return partial(loss, item_index=torch.tensor(numbers), num_pairs=pairs, logit_scale=model.logit_scale)
+def loss_of(pairs: int, numbers: list[int]):
+    """The loss as a function of the model's outputs alone."""
+    return partial(LOSS, item_index=torch.tensor(numbers), num_pairs=pairs)
 
 
 def plain_step(wrapped, model, inputs, loss, divisor=1):
     embedded = wrapped(**inputs)
     output = loss(
-        embeddings=embedded.embeddings, visual_embeddings=embedded.visual_embeddings, has_image=embedded.has_image
+        embeddings=embedded.embeddings,
+        visual_embeddings=embedded.visual_embeddings,
+        has_image=embedded.has_image,
+        logit_scale=model.logit_scale,
     )
     (output.loss / divisor).backward()
     return output
@@ -60,7 +63,7 @@ def taken_gradients(model) -> dict[str, torch.Tensor]:
 def test_gradients_are_those_of_the_whole_batch(chunk_size, padding_side):
     model, processor = undropped_model()
     inputs = dict(processor(ITEMS, return_tensors="pt", padding_side=padding_side))
-    loss = with_loss(model, 4, list(range(10)))
+    loss = loss_of(4, list(range(10)))
     expected = plain_step(model, model, inputs, loss)
     gradients = taken_gradients(model)
 
@@ -75,7 +78,7 @@ def test_gradients_are_those_of_the_whole_batch(chunk_size, padding_side):
 def test_every_variant_of_the_model(variant):
     model, processor = make_model(**variant)
     inputs = dict(processor(ITEMS, return_tensors="pt"))
-    loss = with_loss(model, 4, list(range(10)))
+    loss = loss_of(4, list(range(10)))
     plain_step(model, model, inputs, loss)
     expected = taken_gradients(model)
     GradCache(3).step(model, model, inputs, loss)
@@ -103,12 +106,12 @@ def test_dropout_drops_the_same_in_both_passes(half):
     model.train()
     wrapped = InBfloat16(model) if half else model
     inputs = dict(processor(ITEMS, return_tensors="pt"))
-    loss = with_loss(model, 4, list(range(10)))
+    loss = loss_of(4, list(range(10)))
 
     torch.manual_seed(5)
     embedded = [wrapped(**chunk) for chunk in split_inputs(model, inputs, 3)]
     parts = {name: torch.cat([e[name] for e in embedded]) for name in ("embeddings", "visual_embeddings", "has_image")}
-    loss(**parts).loss.backward()
+    loss(**parts, logit_scale=model.logit_scale).loss.backward()
     expected, next_number = taken_gradients(model), torch.rand(1)
 
     torch.manual_seed(5)
@@ -125,10 +128,10 @@ def test_dropout_drops_the_same_in_both_passes(half):
 
 
 def test_a_caller_under_autocast_gets_all_gradients():
-    """Autocast keeps the casts of weights that the first pass made without a graph."""
+    """None may get lost between the pass without a graph and the one with it, which share a cache of casts."""
     model, processor = undropped_model()
     inputs = dict(processor(ITEMS, return_tensors="pt"))
-    loss = with_loss(model, 4, list(range(10)))
+    loss = loss_of(4, list(range(10)))
     GradCache(5).step(InBfloat16(model), model, inputs, loss)
     expected = taken_gradients(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -140,8 +143,8 @@ def test_a_caller_under_autocast_gets_all_gradients():
 def test_accumulated_batches_are_averaged():
     model, processor = undropped_model()
     batches = [dict(processor(items, return_tensors="pt")) for items in (ITEMS[:8], ITEMS[2:10], ITEMS)]
-    loss = with_loss(model, 3, list(range(8)))
-    losses = [loss, loss, with_loss(model, 4, list(range(10)))]
+    loss = loss_of(3, list(range(8)))
+    losses = [loss, loss, loss_of(4, list(range(10)))]
     for inputs, one in zip(batches, losses, strict=True):
         plain_step(model, model, inputs, one, divisor=3)
     expected = taken_gradients(model)
@@ -161,7 +164,7 @@ def test_accumulated_batches_are_averaged():
 def test_a_frozen_vision_encoder_runs_once_and_only_for_pixels():
     model, processor = undropped_model()
     inputs = dict(processor(ITEMS, return_tensors="pt"))
-    loss = with_loss(model, 4, list(range(10)))
+    loss = loss_of(4, list(range(10)))
     seen = []
     model.vision_model.register_forward_hook(lambda module, args, kwargs, output: seen.append(1), with_kwargs=True)
     GradCache(3).step(model, model, inputs, loss)
@@ -208,7 +211,7 @@ def test_frozen_parts_take_no_gradient():
     model.requires_grad_(False)
     model.projector.requires_grad_(True)
     inputs = dict(processor(ITEMS, return_tensors="pt"))
-    loss = with_loss(model, 4, list(range(10)))
+    loss = loss_of(4, list(range(10)))
     plain_step(model, model, inputs, loss)
     expected = taken_gradients(model)
     GradCache(2).step(model, model, inputs, loss)
@@ -233,13 +236,13 @@ def train_under_ddp(rank: int, world: int) -> dict[str, Any]:
     ddp = DistributedDataParallel(model)
     exchanged = [0]
     ddp.register_comm_hook(exchanged, counting)
-    cache = GradCache(2, no_sync=ddp.no_sync)
+    cache = GradCache(3, no_sync=ddp.no_sync)  # the second process's last chunk has no image
     batches = [share(rank), without_hard_negatives(*share(rank))]
     results = []
     for _ in range(2):
         for number, (items, numbers, pairs) in enumerate(batches):
             inputs = dict(processor(items, return_tensors="pt"))
-            step = partial(cache.step, ddp, model, inputs, with_loss(model, pairs, numbers), divisor=2)
+            step = partial(cache.step, ddp, model, inputs, loss_of(pairs, numbers), divisor=2)
             if number == 0:
                 with ddp.no_sync():
                     output = step()
@@ -252,7 +255,7 @@ def train_under_ddp(rank: int, world: int) -> dict[str, Any]:
     items, numbers, pairs = share(rank)
     inputs = dict(processor(items, return_tensors="pt"))
     for _ in range(2):
-        plain_step(other, other.module, inputs, with_loss(other.module, pairs, numbers))
+        plain_step(other, other.module, inputs, loss_of(pairs, numbers))
     return {"steps": results, "exchanged": exchanged[0], "exchanged_plain": plain[0]}
 
 
@@ -263,7 +266,7 @@ def test_ddp_exchanges_once_and_gives_the_gradients_of_one_process(tmp_path):
     model, processor = undropped_model()
     for items, numbers, pairs in (joined_batch(2), without_hard_negatives(*joined_batch(2))):
         inputs = dict(processor(items, return_tensors="pt"))
-        last = plain_step(model, model, inputs, with_loss(model, pairs, numbers), divisor=2).loss.item()
+        last = plain_step(model, model, inputs, loss_of(pairs, numbers), divisor=2).loss.item()
     expected = taken_gradients(model)
 
     for result in results:

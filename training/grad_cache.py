@@ -65,8 +65,8 @@ class GradCache:
             model: what the chunks are run through: `base`, or what wraps it (DDP, accelerate).
             base: the model itself, whose vision encoder and logit scale are used.
             inputs: the model's inputs for the whole batch.
-            loss: called with `embeddings` `(n, d)`, `visual_embeddings` `(n, d)` or `None` and `has_image` `(n,)`; its
-                output's `loss` may depend on them and on `base.logit_scale`, nothing else is trained.
+            loss: called with `embeddings` `(n, d)`, `visual_embeddings` `(n, d)` or `None`, `has_image` `(n,)` and
+                `logit_scale`; parameters that its output's `loss` gets by another way are not trained.
             divisor: gradient accumulation steps.
 
         Returns:
@@ -74,7 +74,7 @@ class GradCache:
         """
         with torch.no_grad():
             chunks = [self._embed(model, base, part) for part in split_inputs(base, inputs, self.chunk_size)]
-        # Under a caller's autocast the weights' casts are cached, from here without a graph.
+        # Older versions of torch reuse, under a caller's autocast, casts of weights made without a graph.
         torch.clear_autocast_cache()
 
         output, scale_gradient = _loss_gradients(chunks, base.logit_scale, loss, divisor)
@@ -83,10 +83,8 @@ class GradCache:
         for chunk in first:
             with self.no_sync():
                 self._backpropagate(chunk.surrogate(model, base))
-        surrogate = last.surrogate(model, base)
-        if scale_gradient is not None:
-            surrogate = surrogate + (base.logit_scale.float() * scale_gradient).sum()
-        self._backpropagate(surrogate)
+        # The logit scale's gradient goes with it: DDP expects every parameter once.
+        self._backpropagate(last.surrogate(model, base) + base.logit_scale * scale_gradient)
         return output
 
     def _embed(self, model: nn.Module, base: NoteLLM2Model, inputs: dict[str, Tensor]) -> "_Chunk":
@@ -140,20 +138,18 @@ class _Chunk:
 
 def _loss_gradients(
     chunks: Sequence[_Chunk], logit_scale: Tensor, loss: Callable[..., PairLossOutput], divisor: float
-) -> tuple[PairLossOutput, Tensor | None]:
-    """The loss over all embeddings; hands each chunk its gradients and returns the logit scale's, if it is trained."""
-    joined = {
-        name: torch.cat([chunk.embeddings[name] for chunk in chunks]).requires_grad_() for name in chunks[0].embeddings
-    }
-    has_image = torch.cat([chunk.has_image for chunk in chunks])
-    wanted = [*joined.values(), *([logit_scale] if logit_scale.requires_grad else [])]
+) -> tuple[PairLossOutput, Tensor]:
+    """The loss over all embeddings; hands each chunk its gradients and returns that of the logit scale."""
+    names = list(chunks[0].embeddings)
+    leaves = [torch.cat([chunk.embeddings[name] for chunk in chunks]) for name in names]
+    leaves = [leaf.detach().requires_grad_() for leaf in [*leaves, logit_scale]]
+    given = dict.fromkeys(EMBEDDINGS) | dict(zip([*names, "logit_scale"], leaves, strict=True))
     with torch.enable_grad():
-        output = loss(**{name: joined.get(name) for name in EMBEDDINGS}, has_image=has_image)
-        gradients = list(torch.autograd.grad(output.loss / divisor, wanted, materialize_grads=True))
+        output = loss(**given, has_image=torch.cat([chunk.has_image for chunk in chunks]))
+        *gradients, scale_gradient = torch.autograd.grad(output.loss / divisor, leaves, materialize_grads=True)
     output.loss = output.loss.detach()
-    scale_gradient = gradients.pop() if logit_scale.requires_grad else None
-    for name, gradient in zip(joined, gradients, strict=True):
-        parts = gradient.split([len(chunk.embeddings[name]) for chunk in chunks])
+    for name, gradient in zip(names, gradients, strict=True):
+        parts = gradient.split([len(chunk.has_image) for chunk in chunks])
         for chunk, part in zip(chunks, parts, strict=True):
             chunk.gradients[name] = part
     return output, scale_gradient

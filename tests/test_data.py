@@ -12,7 +12,7 @@ from PIL import Image
 
 from modeling_notellm2.rows_notellm2 import item_from_row
 from training.data import TableError, load_items, load_pairs
-from training.images import image_hashes
+from training.negatives import image_hashes
 from training.tables import write_rejects
 
 

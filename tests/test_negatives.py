@@ -15,7 +15,6 @@ from training.negatives import FalseNegatives, KnownPositives, text_hashes
 
 def as_matrix(found, size):
     rows, columns = found
-    assert len(set(zip(rows.tolist(), columns.tolist(), strict=True))) == len(rows)
     matrix = torch.zeros(size, size, dtype=torch.bool)
     matrix[rows, columns] = True
     return matrix
@@ -46,7 +45,7 @@ def test_entries_are_those_of_a_look_at_each(monkeypatch, entries):
         ({"image_hashes": images}, ["item", "image"]),
         ({"positives": positives, "image_hashes": images, "text_hashes": texts}, ["item", "image", "text", "known"]),
     ):
-        found = as_matrix(FalseNegatives(**options).find(item_index), 40).numpy()
+        found = as_matrix(FalseNegatives(**options)(item_index), 40).numpy()
         expected = np.any([same[kind] for kind in kinds], axis=0)
         assert (found & off_diagonal == expected & off_diagonal).all(), options
     grid = np.arange(50)
@@ -56,9 +55,9 @@ def test_entries_are_those_of_a_look_at_each(monkeypatch, entries):
 def test_a_placeholder_of_many_items_masks_nothing():
     hashes = np.zeros(negatives.MOST_ALIKE + 1, dtype=np.int64)
     item_index = torch.arange(len(hashes))
-    assert len(FalseNegatives(image_hashes=hashes).find(item_index)[0]) == 0
-    assert len(FalseNegatives(image_hashes=hashes).find(item_index[1:])[0]) == (len(hashes) - 1) * (len(hashes) - 2)
-    assert len(FalseNegatives(KnownPositives(np.empty((0, 2), np.int32), 9)).find(torch.arange(0))[0]) == 0
+    assert len(FalseNegatives(image_hashes=hashes)(item_index)[0]) == 0
+    assert len(FalseNegatives(image_hashes=hashes)(item_index[1:])[0]) == (len(hashes) - 1) * (len(hashes) - 2)
+    assert len(FalseNegatives(KnownPositives(np.empty((0, 2), np.int32), 9))(torch.arange(0))[0]) == 0
 
 
 def test_text_hashes_are_equal_for_equal_texts_only():

@@ -173,28 +173,35 @@ def load_items(
         loaded = LoadedTable(loaded.source, encoded, loaded.readable, loaded.numbers)
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     ids = clean_ids(loaded, "item_id").combine_chunks()
+    usable = np.zeros(len(loaded.rows), dtype=bool)
+    usable[loaded.readable] = True
 
     def rejected(rows: np.ndarray, reason: str, details: pa.Array | None = None) -> None:
-        nonlocal rejects, usable
+        nonlocal rejects
         rejects += Rejects(RejectedRows(loaded, rows, reason, details, ("item_id",)))
-        usable = np.setdiff1d(usable, rows, assume_unique=True)
+        usable[rows] = False
 
-    usable = loaded.readable
-    rejected(usable[pc.equal(ids.take(pa.array(usable)), "").to_numpy(zero_copy_only=False)], "item_id is empty")
+    rejected(np.flatnonzero(usable & (pc.binary_length(ids).to_numpy() == 0)), "item_id is empty")
     for reason, rows, details in _content_faults(loaded, usable, folder):
         rejected(rows, reason, details)
-    chosen = ids.take(pa.array(usable))
-    rejected(usable[ItemIds(chosen).positions(chosen) != np.arange(len(usable))], "item_id occurs twice")
-    if len(usable) and (check_images if check_images is not None else len(usable) <= IMAGES_CHECKED):
-        faults = list(image_faults(ItemTable(loaded.rows, ids.take(pa.array(usable)), usable, folder), num_workers))
-        broken = usable[[position for position, _ in faults]]
+    items = _items_at(loaded, ids, usable, folder)
+    first = items.item_ids.positions(items.item_ids.column)
+    rejected(items.rows[first != np.arange(len(first))], "item_id occurs twice")
+    if "image" in columns and (check_images or (check_images is None and usable.sum() <= IMAGES_CHECKED)):
+        items = _items_at(loaded, ids, usable, folder)
+        faults = list(image_faults(items, num_workers))
+        broken = items.rows[[position for position, _ in faults]]
         rejected(broken, "unreadable image", pa.array([fault for _, fault in faults], pa.string()))
-    if not len(usable):
-        first = next(iter(rejects), None)
-        raise TableError(
-            f"{source}: none of {len(loaded.rows)} rows is usable" + (f"; the first: {first.reason}." if first else ".")
-        )
-    return ItemTable(loaded.rows, ids.take(pa.array(usable)), usable, folder), rejects
+    if not usable.any():
+        reason = next(iter(rejects)).reason if len(rejects) else "it is empty"
+        raise TableError(f"{source}: none of {len(loaded.rows)} rows is usable; the first: {reason}.")
+    return _items_at(loaded, ids, usable, folder), rejects
+
+
+def _items_at(table: LoadedTable, ids: pa.Array, usable: np.ndarray, folder: Path) -> ItemTable:
+    """The items of the rows that a mask (rows,) says; ids are copied only where some are left out."""
+    kept = ids if usable.all() else ids.filter(pa.array(usable))
+    return ItemTable(table.rows, kept, np.flatnonzero(usable), folder)
 
 
 @dataclass(frozen=True)
@@ -300,16 +307,17 @@ def clean_ids(table: LoadedTable, name: str) -> pa.ChunkedArray:
 def _content_faults(
     table: LoadedTable, usable: np.ndarray, folder: Path
 ) -> Iterator[tuple[str, np.ndarray, pa.Array | None]]:
-    """Rows whose fields can't be used, by reason. Only rows that the columns leave in doubt are looked at one by one."""
+    """Rows among the usable ones (a mask) whose fields can't be used, by reason.
+
+    Only rows that the columns leave in doubt are looked at one by one.
+    """
     fields = [name for name in ITEM_FIELDS if name in table.rows.column_names]
-    considered = np.zeros(len(table.rows), dtype=bool)
-    considered[usable] = True
     found: dict[str, array[int]] = defaultdict(lambda: array("q"))
     unreadable: list[str] = []
     name = Path(table.source).name
     with tqdm(desc=f"Checking {name}", total=len(table.rows), unit="item") as progress:
         for start, block in arrow_blocks(table.rows, fields):
-            doubtful = np.flatnonzero(considered[start : start + len(block)] & ~_surely_usable(block))
+            doubtful = np.flatnonzero(usable[start : start + len(block)] & ~_surely_usable(block))
             for offset, raw in zip(doubtful.tolist(), block.take(pa.array(doubtful)).to_pylist(), strict=True):
                 try:
                     if len(item_from_row(raw, folder)) == 1:

@@ -11,7 +11,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -37,6 +36,10 @@ class _Applied(Dataset):
 
     def __getitem__(self, position: int) -> Any:
         return self.function(self.items[position])
+
+    def __getitems__(self, positions: list[int]) -> list[Any]:
+        """Neighbouring rows, which a table reads at once."""
+        return [self.function(item) for item in self.items[positions[0] : positions[-1] + 1]]
 
 
 def map_items(items: Sequence[Item], function: Callable[[Item], Any], num_workers: int, name: str) -> Iterator[Any]:
@@ -72,12 +75,6 @@ def image_fault(item: Item) -> str | None:
     except IMAGE_ERRORS as error:
         return str(error)
     return None
-
-
-def image_hashes(items: Sequence[Item], num_workers: int = 0) -> np.ndarray:
-    """(n,) int64 hash of each item's images, equal for equal ones; -1 for an item without a readable image."""
-    found = map_items(items, image_hash, num_workers, "Hashing images")
-    return np.fromiter(found, dtype=np.int64, count=len(items))
 
 
 def image_hash(item: Item) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from training.data import ItemTable, PairTable
-from training.images import image_hashes
+from training.images import image_hash, map_items
 from training.tables import arrow_blocks
 
 
@@ -58,7 +58,7 @@ class KnownPositives:
         counts = self.starts[items + 1] - self.starts[items]
         rows = np.repeat(np.arange(len(items)), counts)
         within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        return rows, self.keys[self.starts[items][rows] + within] % self.num_items
+        return rows, self.keys[self.starts[items][rows] + within] - items[rows] * self.num_items
 
 
 @dataclass
@@ -68,7 +68,7 @@ class FalseNegatives:
     Attributes:
         positives: known pairs to leave out; None: none.
         image_hashes, text_hashes: (items,) int64, equal for items that are not each other's negatives, -1 for none; None:
-            not looked at. See `training.images.image_hashes` and `text_hashes`.
+            not looked at. See `image_hashes` and `text_hashes` of this module.
     """
 
     positives: KnownPositives | None = None
@@ -92,7 +92,7 @@ class FalseNegatives:
             text_hashes(items) if same_text else None,
         )
 
-    def find(self, item_index: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, item_index: Tensor) -> tuple[Tensor, Tensor]:
         """Entries that are no negatives, besides the diagonal: the same item, a known positive, the same picture or text.
 
         A row's partner is a known positive and so among them; the loss keeps it.
@@ -101,33 +101,38 @@ class FalseNegatives:
             item_index: (M,) int64 positions in the item table of the rows of the whole (gathered) batch.
 
         Returns:
-            rows and columns, (entries,) int64 each, sorted, on the device of `item_index`.
+            rows and columns, (entries,) int64 each, on the device of `item_index`; an entry may stand there several times.
         """
         items = item_index.cpu().numpy()
         labels = [items, *(hashes[items] for hashes in (self.image_hashes, self.text_hashes) if hashes is not None)]
         keys = [_alike(values) for values in labels]
         if self.positives is not None:
             keys += self._known(items)
-        entries = np.unique(np.concatenate(keys))
-        rows, columns = np.divmod(entries, max(len(items), 1))
+        rows, columns = np.divmod(np.concatenate(keys), max(len(items), 1))
         return torch.from_numpy(rows).to(item_index.device), torch.from_numpy(columns).to(item_index.device)
 
     def _known(self, items: np.ndarray) -> list[np.ndarray]:
         """Entries of known positives, a bounded number of the table's at a time."""
         assert self.positives is not None
-        by_item = np.argsort(items, kind="stable")
-        sorted_items = items[by_item]
-        degree = self.positives.starts[items + 1] - self.positives.starts[items]
+        different, of_row = np.unique(items, return_inverse=True)
+        by_item = np.argsort(of_row, kind="stable")
+        copies = np.bincount(of_row)
+        first = copies.cumsum() - copies
+        place = np.full(self.positives.num_items, -1, dtype=np.int32)
+        place[different] = np.arange(len(different))
+        degree = self.positives.starts[different + 1] - self.positives.starts[different]
         blocks = np.flatnonzero(np.diff(degree.cumsum() // ENTRIES, prepend=0))
         found = []
-        for rows in np.split(np.arange(len(items)), blocks):
-            row, partner = self.positives.partners(items[rows])
-            first = np.searchsorted(sorted_items, partner, side="left")
-            copies = np.searchsorted(sorted_items, partner, side="right") - first
-            row, first, copies = row[copies > 0], first[copies > 0], copies[copies > 0]
-            within = np.arange(copies.sum()) - np.repeat(copies.cumsum() - copies, copies)
-            columns = by_item[np.repeat(first, copies) + within]
-            found.append(np.repeat(rows[row], copies) * len(items) + columns)
+        for block in np.split(np.arange(len(different)), blocks):
+            source, partner = self.positives.partners(different[block])
+            target = place[partner]
+            source, target = block[source[target >= 0]], target[target >= 0]
+            # Items of a batch are distinct but for replaced pairs and hard negatives: then every copy has the entry.
+            count = copies[source] * copies[target]
+            pair = np.repeat(np.arange(len(source)), count)
+            within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+            row, column = np.divmod(within, copies[target][pair])
+            found.append(by_item[first[source][pair] + row] * len(items) + by_item[first[target][pair] + column])
         return found
 
 
@@ -146,6 +151,14 @@ def _alike(labels: np.ndarray) -> np.ndarray:
             pairs = rows[:, None] * len(labels) + rows
             found.append(pairs[~np.eye(count, dtype=bool)])
     return np.concatenate(found)
+
+
+def image_hashes(items: ItemTable, num_workers: int = 0) -> np.ndarray:
+    """(n,) int64 hash of each item's images, equal for equal ones; -1 for an item without a readable image."""
+    if "image" not in items.table.column_names:
+        return np.full(len(items), -1, dtype=np.int64)
+    found = map_items(items, image_hash, num_workers, "Hashing images")
+    return np.fromiter(found, dtype=np.int64, count=len(items))
 
 
 def text_hashes(items: ItemTable) -> np.ndarray:

@@ -167,7 +167,12 @@ def encode_here(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each worker warns that it was forked
     _ = encoder.processor  # before the workers start, which then share it
     loader = DataLoader(
-        _Blocks(encoder, table, plan, blocks), batch_size=None, num_workers=num_workers, collate_fn=_as_it_is
+        _Blocks(encoder, table, plan, blocks),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        # Children of this very process: they end when it is killed, which a fork server's would not.
+        multiprocessing_context="fork" if num_workers else None,
     )
     return map(encoder.embed, loader)
 

@@ -4,6 +4,7 @@ Its two halves need different machines: `prepare` reads texts and opens pictures
 them goes a `PreparedBlock`. A row that can't be used becomes a `Reject`, and its neighbours never notice.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -224,8 +225,11 @@ def _place_of(row: TableRow) -> Place:
 
 
 def _reason(error: Exception) -> str:
-    """An error in one line of valid Unicode; the processor saw the item as row 0 of a batch, which tells nobody anything."""
-    text = " ".join(str(error).split()).removeprefix("row 0: ")
+    """An error in one line of valid Unicode, the same in every run.
+
+    The processor saw the item as row 0 of a batch, which tells nobody anything; addresses of objects change.
+    """
+    text = re.sub(r" (object )?at 0x[0-9a-f]+", "", " ".join(str(error).split()).removeprefix("row 0: "))
     text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
     return _valid(text)
 

@@ -55,6 +55,9 @@ def test_tables_of_every_kind_give_the_same_items(tmp_path):
         (4, "unreadable row"),
         (5, "unreadable topics"),
     ]
+    assert {name: present.tolist() for name, present in items.fields_present().items()} == {
+        name: [name in item for item in expected] for name in ("title", "topics", "content", "image")
+    }
     items, rejects = load_items(str(tmp_path / "items.jsonl"))
     assert [{**item, "image": item["image"][0]} if "image" in item else item for item in items] == expected
     assert sorted(reject.row for reject in rejects) == [1, 4, 5]
@@ -107,6 +110,8 @@ def test_column_checks_agree_with_a_look_at_each_row(tmp_path):
     assert 0 < len(rejects) < 100
     assert list(items) == expected
     assert list(items.item_ids) == [item["item_id"] for item in expected]
+    for name, present in items.fields_present().items():
+        assert present.tolist() == [name in item for item in expected]
     assert items.item_ids[3] == expected[3]["item_id"]
     ids = pa.array([expected[5]["item_id"], "nowhere", expected[2]["item_id"]])
     assert items.item_ids.positions(ids).tolist() == [5, -1, 2]

@@ -4,8 +4,6 @@ Rows stay mapped (`training.tables`). In memory are, for each item, its id as Ar
 pair, two positions of 4 bytes. Ten million items are a few hundred megabytes.
 """
 
-from array import array
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm.auto import tqdm
 
 from modeling_notellm2.rows_notellm2 import ITEM_FIELDS, item_from_row
 from training.images import PER_TASK, image_faults
+from training.screening import content_faults, field_present
 from training.tables import (
     BLOCK,
     LoadedTable,
@@ -112,6 +110,15 @@ class ItemTable(Sequence[dict[str, Any]]):
         """
         return np.flatnonzero(pc.equal(self._column(name).cast(pa.string()), value).fill_null(False).to_numpy())
 
+    def fields_present(self) -> dict[str, np.ndarray]:
+        """(n,) bool for each field of an item that the table has a column for: which items have it."""
+        columns = [name for name in ITEM_FIELDS if name in self.table.column_names]
+        present = {name: np.zeros(len(self.table), dtype=bool) for name in columns}
+        for start, block in arrow_blocks(self.table, columns):
+            for name in columns:
+                present[name][start : start + len(block)] = field_present(name, block[name].combine_chunks())
+        return {name: found[self.rows] for name, found in present.items()}
+
     def select(self, positions: Sequence[int] | np.ndarray) -> "ItemTable":
         """The items at `positions`, as a table of their own."""
         chosen = np.asarray(positions, dtype=np.int64)
@@ -182,7 +189,7 @@ def load_items(
         usable[rows] = False
 
     rejected(np.flatnonzero(usable & (pc.binary_length(ids).to_numpy() == 0)), "item_id is empty")
-    for reason, rows, details in _content_faults(loaded, usable, folder):
+    for reason, rows, details in content_faults(loaded, usable, folder):
         rejected(rows, reason, details)
     items = _items_at(loaded, ids, usable, folder)
     first = items.item_ids.positions(items.item_ids.column)
@@ -302,66 +309,6 @@ def clean_ids(table: LoadedTable, name: str) -> pa.ChunkedArray:
             trimmed = pc.utf8_trim_whitespace(text)
             chunks.append(text if trimmed.equals(text) else trimmed)
     return pa.chunked_array(chunks, pa.large_string())
-
-
-def _content_faults(
-    table: LoadedTable, usable: np.ndarray, folder: Path
-) -> Iterator[tuple[str, np.ndarray, pa.Array | None]]:
-    """Rows among the usable ones (a mask) whose fields can't be used, by reason.
-
-    Only rows that the columns leave in doubt are looked at one by one.
-    """
-    fields = [name for name in ITEM_FIELDS if name in table.rows.column_names]
-    found: dict[str, array[int]] = defaultdict(lambda: array("q"))
-    unreadable: list[str] = []
-    name = Path(table.source).name
-    with tqdm(desc=f"Checking {name}", total=len(table.rows), unit="item") as progress:
-        for start, block in arrow_blocks(table.rows, fields):
-            doubtful = np.flatnonzero(usable[start : start + len(block)] & ~_surely_usable(block))
-            for offset, raw in zip(doubtful.tolist(), block.take(pa.array(doubtful)).to_pylist(), strict=True):
-                try:
-                    if len(item_from_row(raw, folder)) == 1:
-                        found[f"none of {', '.join(ITEM_FIELDS)} is filled"].append(start + offset)
-                except (ValueError, TypeError) as error:
-                    found["unreadable topics"].append(start + offset)
-                    unreadable.append(str(error))
-            progress.update(len(block))
-    for reason, rows in found.items():
-        details = pa.array(unreadable, pa.string()) if reason == "unreadable topics" else None
-        yield reason, np.frombuffer(rows, dtype=np.int64), details
-
-
-def _surely_usable(block: pa.Table) -> np.ndarray:
-    """(rows,) bool: some field is filled and none needs parsing. False only means that the row must be looked at."""
-    filled = np.zeros(len(block), dtype=bool)
-    parsed = np.zeros(len(block), dtype=bool)
-    for name in block.column_names:
-        column = block[name].combine_chunks()
-        if name == "topics" and not _is_list(column.type):
-            parsed = pc.fill_null(pc.match_substring(column.cast(pa.string()), "["), False).to_numpy(False)
-        else:
-            filled |= _filled(column)
-    return filled & ~parsed
-
-
-def _filled(values: pa.Array) -> np.ndarray:
-    """(n,) bool: texts that are not blank, bytes that are not empty, and lists and structs that hold such a one."""
-    if _is_list(values.type):
-        result = np.zeros(len(values), dtype=bool)
-        owners = pc.list_parent_indices(values).to_numpy(zero_copy_only=False)
-        result[owners[_filled(values.flatten())]] = True
-        return result
-    if pa.types.is_struct(values.type):
-        return np.any([_filled(part) for part in values.flatten()], axis=0)
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        values = pc.utf8_trim_whitespace(values)
-    elif not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
-        return np.zeros(len(values), dtype=bool)
-    return pc.fill_null(pc.greater(pc.binary_length(values), 0), False).to_numpy(zero_copy_only=False)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 Every actor reads the table's files itself, so only prepared blocks and embeddings travel; the driver alone writes.
 """
 
+import logging
 import os
 import pickle
 from collections.abc import Iterator
@@ -70,6 +71,7 @@ def encode_with_ray(
     """
     _connect(options)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the job has its own
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     bare = replace(encoder)  # without what this process has loaded
     pipeline = (
         ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))

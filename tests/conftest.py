@@ -1,9 +1,14 @@
 """Tiny models made on the spot: a byte-level tokenizer, a two-layer Llama, a two-layer CLIP vision tower."""
 
+import io
+import json
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -80,4 +85,53 @@ def tiny_model_folder(tmp_path_factory) -> Path:
     model, processor = make_model()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+COLOURS = ["red", "green", "blue", "white", "black", "orange"]
+
+
+def picture(colour: str, seed: int) -> bytes:
+    """Left half in the colour, right half in one of many: only training tells which half counts."""
+    other = tuple(np.random.default_rng(seed).integers(0, 256, 3).tolist())
+    image = Image.new("RGB", (32, 32), other)
+    image.paste(Image.new("RGB", (16, 32), colour), (0, 0))
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def title(colour: str, seed: int) -> str:
+    letters = np.random.default_rng(seed).choice(list("abcdefghijklmnopqrstuvwxyz"), 8)
+    return f"{colour} {''.join(letters)}"
+
+
+@pytest.fixture(scope="session")
+def coloured_tables(tmp_path_factory):
+    """144 items in six colours, half of them for the evaluation; one has no image, one a broken image."""
+    folder = tmp_path_factory.mktemp("tables")
+    items = []
+    for number in range(144):
+        colour = COLOURS[number % 6]
+        image = {"bytes": picture(colour, number), "path": None} if number != 7 else None
+        split = "train" if number < 72 else "test"
+        items.append(
+            {"item_id": f"i{number}", "title": title(colour, number), "image": image, "colour": colour, "split": split}
+        )
+    broken = {"bytes": picture("red", 0)[:50], "path": None}
+    items.append({"item_id": "broken", "title": "broken", "image": broken, "colour": "red", "split": "train"})
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in ("item_id", "title", "colour", "split")}
+        | {"image": datasets.Image(decode=False)}
+    )
+    datasets.Dataset.from_list(items, features=features).to_parquet(folder / "items.parquet")
+    for name, start in (("train", 0), ("test", 72)):
+        rows = [
+            {"query_id": f"i{start + a}", "target_id": f"i{start + a + 6 * step}", "colour": COLOURS[a % 6]}
+            for step in (1, 2, 3)
+            for a in range(72 - 6 * step)
+        ]
+        if name == "train":
+            rows += [{"query_id": "i0", "target_id": bad, "colour": "red"} for bad in ("broken", "nowhere", "i0")]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

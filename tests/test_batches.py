@@ -13,9 +13,9 @@ from PIL import Image
 
 from modeling_notellm2.prompts_notellm2 import ItemError
 from tests.conftest import make_model
-from training.batches import DistinctItemsSampler, ItemCollator, PairCollator, PairDataset
+from training.batches import ItemCollator, PairCollator, PairDataset
 from training.data import ItemTable, PairTable
-from training.sampling import item_lengths
+from training.sampling import DistinctItemsSampler, item_lengths
 
 
 def png(number: int) -> bytes:

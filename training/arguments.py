@@ -24,6 +24,22 @@ class ModelArguments:
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Modules of the LLM (never of the rest) that get LoRA: names, or all-linear."},
     )
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: LoRA with a trained magnitude for each output."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the LLM's weights in 4 bits (bitsandbytes, needs lora_r)."}
+    )
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "Save a plain model with LoRA merged in, in place of the adapter alone."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.lora_r and (self.use_dora or self.load_in_4bit or self.merge_adapter):
+            raise ValueError("use_dora, load_in_4bit and merge_adapter need LoRA: set lora_r above 0.")
+        if self.load_in_4bit and self.merge_adapter:
+            raise ValueError(
+                "merge_adapter can't merge into 4-bit weights: save the adapter, load it on the full base model, and "
+                "call merge_and_unload() there."
+            )
 
 
 @dataclass
@@ -42,8 +58,29 @@ class DataArguments:
     distinct_column: str | None = field(
         default=None, metadata={"help": "Column of the train pairs; no two pairs of a batch share its value."}
     )
+    validate_only: bool = field(
+        default=False, metadata={"help": "Check all tables and images, list every fault in rejects.jsonl, and stop."}
+    )
+    check_images: bool | None = field(
+        default=None, metadata={"help": "Open every image before training; none: where the table is small."}
+    )
+    mask_known_positives: bool = field(
+        default=True, metadata={"help": "A row's partners in the whole pair table are not its negatives."}
+    )
+    mask_same_image: bool = field(
+        default=True, metadata={"help": "Items with one image aren't each other's negatives."}
+    )
+    mask_same_text: bool = field(default=True, metadata={"help": "Items with one text aren't each other's negatives."})
+    image_dropout: float = field(default=0.0, metadata={"help": "Probability that an item with text loses its images."})
+    text_dropout: float = field(default=0.0, metadata={"help": "Probability that an item with images loses its text."})
     cache_vision_features: bool = field(
-        default=False, metadata={"help": "Run the frozen vision encoder once and keep its output in memory (16 bit)."}
+        default=False, metadata={"help": "Run the frozen vision encoder once and keep its output on disk (16 bit)."}
+    )
+    vision_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of cached vision features; none: in the cache of `datasets`."}
+    )
+    vision_cache_gb: float = field(
+        default=50.0, metadata={"help": "Largest size of it; images beyond are decoded in every epoch."}
     )
     report_baselines: bool = field(
         default=False, metadata={"help": "Measure frozen features and a linear map on them under the same protocol."}
@@ -54,7 +91,7 @@ class DataArguments:
 class NoteLLM2TrainingArguments(TrainingArguments):
     """`TrainingArguments` with the published run as defaults: 3e-6, decay 1e-3, warm-up 10 %, one epoch, bf16."""
 
-    output_dir: str | None = field(default="runs/train", metadata={"help": "Folder of everything the run writes."})
+    output_dir: str = field(default="runs/train", metadata={"help": "Folder of everything the run writes."})
     learning_rate: float = field(default=3e-6, metadata={"help": "For the LLM or its LoRA."})
     connector_learning_rate: float | None = field(
         default=None,
@@ -67,15 +104,32 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 the share of all steps."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the train pairs."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs in a batch; each is two items."})
+    chunk_size: int = field(
+        default=0,
+        metadata={"help": "Items embedded at once in a training step (GradCache): memory for one chunk; 0: all."},
+    )
+    matryoshka_dims: list[int] = field(
+        default_factory=list, metadata={"help": "Widths of prefixes that are trained as embeddings too."}
+    )
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Items in a batch of the evaluation."})
     bf16: bool = field(
         default=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         metadata={"help": "bfloat16 autocast; by default where a GPU has it."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (the order that HfArgumentParser reads)
+        default="tensorboard", metadata={"help": "Where the log goes: tensorboard, trackio, wandb, none."}
+    )
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints on the way; the end is always saved."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: pairs have no columns."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Must stay on: batches are filled up."})
+    metric_for_best_model: str | None = field(
+        default="eval_recall@100", metadata={"help": "For load_best_model_at_end, early stopping and searches."}
+    )
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Of metric_for_best_model."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Must stay off with chunk_size; on if some batches have no image at all."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

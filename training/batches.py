@@ -22,7 +22,6 @@ from modeling_notellm2.prompts_notellm2 import ItemError
 from training.data import ItemTable, PairTable, Reject
 from training.images import Item, content_key, read_encoded
 from training.negatives import TEXT_FIELDS
-from training.sampling import DistinctItemsSampler
 from training.vision_cache import VisionCache, open_vision_cache
 
 
@@ -212,9 +211,6 @@ def cache_vision_features(
     return cache
 
 
-VisionFeatures = VisionCache
-
-
 def _has_text(item: Item) -> bool:
     return any(item.get(name) for name in TEXT_FIELDS)
 
@@ -225,11 +221,9 @@ def _has_content(opened: tuple[Item, list[Picture]]) -> bool:
 
 
 __all__ = [
-    "DistinctItemsSampler",
     "ItemCollator",
     "Pair",
     "PairCollator",
     "PairDataset",
-    "VisionFeatures",
     "cache_vision_features",
 ]

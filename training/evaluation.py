@@ -8,12 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from training.adapters import base_of
 from training.data import ItemTable
+from training.gathering import gather, world_size
 from training.retrieval import expected_precision, precision_at_k, rank_targets
+from training.vision_cache import complete_vision_features
 
 
 RECALL_AT = (1, 10, 100)
@@ -50,21 +56,58 @@ def embed(
     collate: Callable[[Sequence[Item]], dict[str, Tensor]],
     batch_size: int,
     name: str,
+    num_workers: int = 0,
 ) -> Embedded:
-    """Embed items batch by batch in eval mode, and leave the model in the mode it was in."""
+    """Embed items batch by batch in eval mode, and leave the model in the mode it was in.
+
+    Several processes embed a share each; every one of them gets all embeddings, in the items' order.
+    """
     was_training = model.training
     model.eval()
     outputs = []
-    for start in tqdm(range(0, len(items), batch_size), desc=f"Embedding {name}", unit="batch"):
-        inputs = {key: value.to(model.device) for key, value in collate(items[start : start + batch_size]).items()}
-        outputs.append(model(**inputs))
+    share = _Share(items)
+    loader = DataLoader(share, batch_size, collate_fn=collate, num_workers=num_workers)
+    for batch in tqdm(loader, desc=f"Embedding {name}", unit="batch", disable=share.rank > 0):
+        inputs = {key: value.to(model.device) for key, value in batch.items()}
+        output = model(**complete_vision_features(base_of(model), inputs))
+        outputs.append((output.embeddings, output.visual_embeddings, output.has_image))
     model.train(was_training)
-    visual = [output.visual_embeddings for output in outputs]
+    embeddings, visual, has_image = zip(*outputs, strict=True) if outputs else ((), (), ())
     return Embedded(
-        torch.cat([output.embeddings.float().cpu() for output in outputs]),
-        None if visual[0] is None else torch.cat([one.float().cpu() for one in visual]),
-        torch.cat([output.has_image.cpu() for output in outputs]),
+        gather(torch.cat(embeddings).float()).cpu(),
+        None if visual[0] is None else gather(torch.cat(visual).float()).cpu(),
+        gather(torch.cat(has_image)).cpu(),
     )
+
+
+class _Share(Dataset):
+    """This process's part of some items: contiguous, so that parts in the order of processes are all items in order."""
+
+    def __init__(self, items: Sequence[Item]):
+        self.items = items
+        self.rank = dist.get_rank() if world_size() > 1 else 0
+        self.start, end = (len(items) * number // world_size() for number in (self.rank, self.rank + 1))
+        self.count = end - self.start
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position: int) -> Item:
+        return self.items[self.start + position]
+
+
+class _Without(Sequence[Item]):
+    """Items at some positions, with only some of their fields."""
+
+    def __init__(self, items: Sequence[Item], positions: Sequence[int], fields: Sequence[str]):
+        self.items, self.positions, self.fields = items, positions, ("item_id", *fields)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, position: Any) -> Any:
+        item = self.items[self.positions[position]]
+        return {key: item[key] for key in self.fields if key in item}
 
 
 def evaluate(
@@ -74,28 +117,52 @@ def evaluate(
     pairs: Pairs,
     labels: Sequence[Any] | None = None,
     batch_size: int = 32,
+    num_workers: int = 0,
 ) -> dict[str, float]:
     """Recall, and precision where there are labels, of every modality that has a pair to measure.
 
     Args:
         pairs: (query id, target id).
         labels: one for each item, e.g. its category.
+        num_workers: processes that open images.
 
     Returns:
         A flat dict such as `{"both/recall@10": 0.4, "both/precision@10": 0.3, "visual/recall@10": ...}`.
     """
     metrics: dict[str, float] = {}
-    loaded = list(items)
+    present = items.fields_present()
     for name, fields in MODALITIES.items():
-        positions = [i for i, item in enumerate(loaded) if any(field in item for field in fields)]
+        positions = np.flatnonzero(np.any([present[field] for field in fields if field in present], axis=0)).tolist()
         if not _has_pair(positions, items, pairs):
             continue
-        reduced = [{key: loaded[i][key] for key in ("item_id", *fields) if key in loaded[i]} for i in positions]
-        embedded = embed(model, reduced, collate, batch_size, name)
+        embedded = embed(model, _Without(items, positions, fields), collate, batch_size, name, num_workers)
         metrics |= measure(name, embedded.embeddings, positions, items, pairs, labels)
         if name == "image" and embedded.visual_embeddings is not None:
             metrics |= measure("visual", embedded.visual_embeddings, positions, items, pairs, labels)
     return metrics
+
+
+def evaluate_in_training(
+    model: Any,
+    collate: Callable[[Sequence[Item]], dict[str, Tensor]],
+    items: ItemTable,
+    pairs: Pairs,
+    labels: Sequence[Any] | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> dict[str, float]:
+    """Metrics with both modalities from one pass over the items: `{"recall@10": 0.4, "visual_recall@10": 0.2, ...}`.
+
+    The visual embeddings are measured over the items that have an image.
+    """
+    embedded = embed(model, items, collate, batch_size, "evaluation items", num_workers)
+    metrics = measure("both", embedded.embeddings, list(range(len(items))), items, pairs, labels)
+    found = {name.removeprefix("both/"): value for name, value in metrics.items()}
+    shown = embedded.has_image.nonzero().flatten().tolist()
+    if embedded.visual_embeddings is not None and _has_pair(shown, items, pairs):
+        metrics = measure("visual", embedded.visual_embeddings[shown], shown, items, pairs, labels)
+        found |= {name.replace("/", "_"): value for name, value in metrics.items()}
+    return found
 
 
 def measure(

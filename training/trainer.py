@@ -1,44 +1,79 @@
-"""transformers' Trainer with NoteLLM-2's pair loss, two learning rates and batches of distinct items."""
+"""transformers' Trainer with NoteLLM-2's pair loss: joined batches, GradCache, retrieval metrics, whole checkpoints."""
 
-from collections import defaultdict
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
+from training.adapters import base_of, save_adapter
 from training.arguments import NoteLLM2TrainingArguments
-from training.batches import DistinctItemsSampler, PairDataset
-from training.data import PairTable
-
-
-LOGGED_LOSSES = ("multimodal_loss", "visual_loss")
+from training.batches import PairDataset
+from training.checkpoints import STAGING, publish_checkpoint
+from training.gathering import world_size
+from training.grad_cache import GradCache
+from training.losses import Entries, PairLoss, PairLossOutput
+from training.monitor import TrainingMonitor
+from training.sampling import DistinctItemsSampler
+from training.vision_cache import complete_vision_features
 
 
 class NoteLLM2Trainer(Trainer):
-    """Trains a NoteLLM-2 model on a `PairDataset`.
+    """Trains a NoteLLM-2 model, or one with LoRA around it, on a `PairDataset`.
 
     Args:
-        pairs: the dataset's pairs, which the sampler orders.
+        train_dataset: pairs with their items; the sampler orders them.
+        negatives: finds the entries of a joined batch that are no negatives (`training.negatives.FalseNegatives`).
+        lengths: (items,) length of each item, for `train_sampling_strategy: group_by_length`.
+        measure: embeds and measures the evaluation items with the model it is given; a flat dict of metrics.
         arguments: those of `Trainer`; `data_collator` is a `PairCollator`.
 
     Raises:
-        ValueError: when several GPUs would share one process, which would tear pairs apart.
+        ValueError: when several GPUs would share one process, which would tear pairs apart, and for `chunk_size` with
+            an engine that GradCache can't drive.
     """
 
     # The loss is the mean over a batch's own pairs; Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
     args: NoteLLM2TrainingArguments
 
-    def __init__(self, *, pairs: PairTable, train_dataset: PairDataset, **arguments: Any):
+    def __init__(
+        self,
+        *,
+        train_dataset: PairDataset,
+        negatives: Callable[[Tensor], Entries] | None = None,
+        lengths: np.ndarray | None = None,
+        measure: Callable[[nn.Module], dict[str, float]] | None = None,
+        **arguments: Any,
+    ):
         super().__init__(train_dataset=train_dataset, **arguments)
+        self._check_engine()
+        base = base_of(self.model)
+        self.lengths, self.measure = lengths, measure
+        self.monitor = TrainingMonitor(base)
+        self.pair_loss = PairLoss(
+            multimodal_weight=base.config.multimodal_loss_weight,
+            visual_weight=base.config.visual_loss_weight,
+            matryoshka_dims=self.args.matryoshka_dims,
+            negatives=self.monitor.counting(negatives) if negatives is not None else None,
+        )
+        self.staging: str | None = None
+
+    def _check_engine(self) -> None:
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process. Start one process for each: "
                 f"torchrun --nproc_per_node {self.args.n_gpu} training/run.py ..."
             )
-        self.pairs = pairs
-        self.sums: dict[str, list[Tensor]] = defaultdict(list)
+        if self.args.chunk_size and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError("chunk_size works on one process or with DDP; with DeepSpeed and FSDP leave it at 0.")
 
     def compute_loss(
         self,
@@ -47,22 +82,83 @@ class NoteLLM2Trainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Weighted mean of the multimodal and the visual loss (a scalar); both are kept for the next log."""
-        outputs = model(**inputs, return_loss=True)
-        if model.training:
-            for name in LOGGED_LOSSES:
-                if outputs[name] is not None:
-                    self.sums[name].append(outputs[name].detach())
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        """Weighted mean of the multimodal and the visual loss over the joined batch of all processes (a scalar)."""
+        item_index, num_pairs = inputs.pop("item_index"), int(inputs.pop("num_pairs"))
+        outputs = model(**complete_vision_features(base_of(self.model), inputs))
+        losses = self.pair_loss(
+            outputs.embeddings,
+            outputs.visual_embeddings,
+            outputs.has_image,
+            item_index,
+            num_pairs,
+            base_of(self.model).logit_scale,
+        )
+        self._take_down(losses, item_index)
+        loss = losses.loss + _touch_unused(self.model, outputs.has_image) if world_size() > 1 else losses.loss
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One batch forward and backward: all items at once, or in chunks of `chunk_size` (GradCache)."""
+        if not self.args.chunk_size:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        item_index, num_pairs = inputs.pop("item_index"), int(inputs.pop("num_pairs"))
+        base = base_of(self.model)
+        cache = GradCache(
+            self.args.chunk_size,
+            backward=self.accelerator.backward,
+            no_sync=partial(self.accelerator.no_sync, model),
+            autocast=self.accelerator.autocast,
+        )
+        steps = self.current_gradient_accumulation_steps
+        with self.compute_loss_context_manager():
+            inputs = complete_vision_features(base, inputs) if "cached_images" in inputs else inputs
+            loss = partial(self.pair_loss, item_index=item_index, num_pairs=num_pairs)
+            losses = cache.step(model, base, inputs, loss, divisor=steps)
+        self._take_down(losses, item_index)
+        return losses.loss / steps
+
+    def _take_down(self, losses: PairLossOutput, item_index: Tensor) -> None:
+        """Keep the figures for the log; a loss that is no number ends the run here, with the items that gave it."""
+        if not torch.isfinite(losses.loss):
+            items = self.train_dataset.items
+            ids = [items.item_ids[position] for position in item_index.tolist()]
+            raise FloatingPointError(
+                f"The loss is {losses.loss.item()} at step {self.state.global_step + 1}. Items of this process's batch: "
+                f"{', '.join(map(str, ids))}. Look at their images and texts, lower the learning rate, or train in "
+                "bfloat16 instead of float16."
+            )
+        self.monitor.add(losses, len(item_index) * world_size())
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        """As Trainer's, with the time taken that it waits for data."""
+        with self.monitor.waiting():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add both losses' means since the last log, and the logit scale."""
+        """Add the monitor's figures to a line about training."""
         if "loss" in logs:
-            for name, values in self.sums.items():
-                logs[name] = torch.stack(values).mean().item()
-            self.sums.clear()
-            logs["logit_scale"] = self.model.logit_scale.item()
+            logs |= self.monitor.take()
         super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Retrieval metrics of the evaluation items, each as `eval_...`: `eval_recall@100` and the like.
+
+        Raises:
+            ValueError: when the trainer was made without `measure`.
+        """
+        if self.measure is None:
+            raise ValueError("There is nothing to evaluate on: name a pair table as eval_pairs.")
+        found = self.measure(self.model)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, over `parameter_groups`."""
@@ -72,7 +168,61 @@ class NoteLLM2Trainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> DistinctItemsSampler:
-        return DistinctItemsSampler(self.pairs, self._train_batch_size, self.args.data_seed or self.args.seed)
+        """Batches of all processes together hold no item twice: accelerate deals them out in turn."""
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return DistinctItemsSampler(
+            self.train_dataset.pairs,
+            self._train_batch_size * self.args.world_size,
+            self.args.data_seed or self.args.seed,
+            self.lengths if grouped else None,
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel):
+            save_adapter(self.model, Path(output_dir or self.args.output_dir), state_dict)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written in a folder aside, then renamed, so that a checkpoint is whole or not there."""
+        folder = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staged = folder / STAGING
+        if self.args.should_save:
+            shutil.rmtree(staged, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.staging = str(staged)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._publish(staged / name, folder / name)
+            shutil.rmtree(staged, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _publish(self, staged: Path, final: Path) -> None:
+        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step and (best == final or best.exists()):
+            self.state.best_model_checkpoint = str(best)
+        self.state.save_to_json(str(staged / "trainer_state.json"))
+        publish_checkpoint(staged, final)
+        rotate_checkpoints(
+            output_dir=str(final.parent),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+
+def _touch_unused(model: nn.Module, has_image: Tensor) -> Tensor | float:
+    """A zero with gradients for the parts that a batch of texts alone leaves out: DDP waits for every parameter."""
+    if has_image.any():
+        return 0.0
+    unused = [p for name, p in model.named_parameters() if p.requires_grad and "language_model" not in name]
+    return 0.0 * torch.stack([parameter.sum() for parameter in unused]).sum()
 
 
 def parameter_groups(model: nn.Module, arguments: NoteLLM2TrainingArguments) -> list[dict[str, Any]]:
@@ -84,7 +234,7 @@ def parameter_groups(model: nn.Module, arguments: NoteLLM2TrainingArguments) -> 
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        pretrained = name.removeprefix("module.").startswith(("language_model.", "vision_model."))
+        pretrained = not {"language_model", "vision_model"}.isdisjoint(name.split("."))
         decays = parameter.dim() >= 2
         group = groups.setdefault(
             (pretrained, decays),

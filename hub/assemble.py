@@ -7,6 +7,7 @@ defaults: smollm2-135m and efficientnet-lite0. DIR gets model, processor, their 
 """
 
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hub.packaged_backbones import keep_first_layers, load_efficientnet_lite0, load_smollm2
+from hub.packaged_backbones import keep_layers, load_efficientnet_lite0, load_smollm2
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 
 
@@ -34,7 +35,9 @@ class AssembleArguments:
     vision: str = field(
         default=PACKAGED_VISION, metadata={"help": "Vision encoder: id, folder, or the packaged efficientnet-lite0."}
     )
-    text_layers: int | None = field(default=None, metadata={"help": "Keep only the first so many layers of the LLM."})
+    text_layers: str | None = field(
+        default=None, metadata={"help": "Keep only these layers of the LLM: 8 for the first eight, or 0-7,22-25."}
+    )
     num_query_tokens: int = field(default=16, metadata={"help": "Visual tokens of each image."})
     embedding_dim: int = field(default=64, metadata={"help": "Width of the embeddings; 0: that of the LLM."})
     qformer_layers: int = field(default=6, metadata={"help": "Layers of the Q-Former."})
@@ -73,14 +76,29 @@ def assemble(arguments: AssembleArguments) -> tuple[NoteLLM2Model, NoteLLM2Proce
     return model.eval(), processor
 
 
-def load_text(source: str, num_layers: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_text(source: str, text_layers: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """LLM and tokenizer, packaged or by id or folder."""
+    layers = None if text_layers is None else layer_numbers(text_layers)
     if source == PACKAGED_TEXT:
-        return load_smollm2(num_layers)
+        return load_smollm2(layers)
     model = AutoModel.from_pretrained(source)
-    if num_layers is not None:
-        keep_first_layers(model, num_layers)
+    if layers is not None:
+        keep_layers(model, layers)
     return model, AutoTokenizer.from_pretrained(source)
+
+
+def layer_numbers(text: str) -> list[int]:
+    """`8` as the first eight layers, `0-2,5` as layers 0, 1, 2 and 5.
+
+    Raises:
+        ValueError: for a text of another form.
+    """
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise ValueError(f"text_layers is {text!r}; expected a number of layers, or ranges such as 0-7,22-25.")
+    if text.isdigit():
+        return list(range(int(text)))
+    ranges = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    return [number for part in ranges for number in range(part[0], part[-1] + 1)]
 
 
 def load_vision(source: str) -> tuple[PreTrainedModel | str, Any]:

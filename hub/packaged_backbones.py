@@ -6,6 +6,7 @@ with its ImageNet weights. Neither package is imported for more than its file: b
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,11 +42,11 @@ EFFICIENTNET_NAMES = [
 SIGMOID_IS_ONE = 20.0
 
 
-def load_smollm2(num_layers: int | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_smollm2(layers: Sequence[int] | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct, dequantised to float32, without its output layer.
 
     Args:
-        num_layers: keep only the first so many of its 30 layers; all if None.
+        layers: keep only these of its 30 layers; all if None.
 
     Returns:
         A `LlamaModel` of width 576 and its tokenizer of 49,152 tokens.
@@ -58,8 +59,8 @@ def load_smollm2(num_layers: int | None = None) -> tuple[PreTrainedModel, PreTra
     model = AutoModel.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
     _forget_gguf(model)
-    if num_layers is not None:
-        keep_first_layers(model, num_layers)
+    if layers is not None:
+        keep_layers(model, layers)
     return model, tokenizer
 
 
@@ -110,23 +111,33 @@ def efficientnet_lite0_image_processor() -> EfficientNetImageProcessorPil:
     )
 
 
-def keep_first_layers(model: PreTrainedModel, num_layers: int) -> None:
-    """Cuts a decoder after its first `num_layers` layers, in place; its final norm stays.
+def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Leaves out all but some of a decoder's layers, in place; its final norm stays.
+
+    The first layers and some of the last make a better small model than as many of the first: what gathers an item into
+    one word stands at the end.
 
     Raises:
-        ValueError: if it has fewer layers, or if its list of layers is not to be found.
+        ValueError: for layers that it doesn't have, in another order or twice, or if its list of layers is not to be found.
     """
     config = model.config
     total = config.num_hidden_layers
-    if not 1 <= num_layers <= total:
-        raise ValueError(f"{type(model).__name__} has {total} layers; the first {num_layers} can't be kept.")
+    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
+        raise ValueError(
+            f"{type(model).__name__} has layers 0 to {total - 1}; {list(layers)} can't be kept: name some of them, rising."
+        )
     lists = [name for name, part in model.named_children() if isinstance(part, nn.ModuleList) and len(part) == total]
     if len(lists) != 1:
         raise ValueError(f"{type(model).__name__} has no single list of its {total} layers, so none can be left out.")
-    setattr(model, lists[0], getattr(model, lists[0])[:num_layers])
-    config.num_hidden_layers = num_layers
+    parts = getattr(model, lists[0])
+    setattr(model, lists[0], nn.ModuleList(parts[number] for number in layers))
+    for number, part in enumerate(getattr(model, lists[0])):
+        for module in part.modules():  # which part of a cache of keys and values is whose
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
+    config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[:num_layers]
+        config.layer_types = [config.layer_types[number] for number in layers]
 
 
 def _packaged_file(package: str, name: str, requirement: str) -> Path:

@@ -12,9 +12,10 @@ from sklearn.datasets import load_sample_images
 from transformers import LlamaConfig, LlamaModel
 
 from hub import packaged_backbones
+from hub.assemble import layer_numbers
 from hub.packaged_backbones import (
     efficientnet_lite0_image_processor,
-    keep_first_layers,
+    keep_layers,
     load_efficientnet_lite0,
     load_efficientnet_lite0_classifier,
     load_smollm2,
@@ -82,21 +83,33 @@ def test_efficientnet_weights_must_fit(monkeypatch, change):
         load_efficientnet_lite0_classifier()
 
 
-def test_keep_first_layers():
+def test_kept_layers_compute_as_before():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, head_dim=8
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, head_dim=8
     )
     model = LlamaModel(config).eval()
     model.norm = torch.nn.Identity()
     ids = torch.arange(5)[None]
     with torch.inference_mode():
         after_two = model(ids, output_hidden_states=True).hidden_states[2]
-        keep_first_layers(model, 2)
+        last = model.layers[3]
+        keep_layers(model, [0, 1, 3])
+        assert model.layers[2] is last
+        assert model(ids).last_hidden_state.shape == (1, 5, 16)  # with a cache, so its places must fit
+        keep_layers(model, [0, 1])
         assert torch.equal(model(ids).last_hidden_state, after_two)
     assert model.config.num_hidden_layers == 2
-    with pytest.raises(ValueError, match="has 2 layers; the first 3"):
-        keep_first_layers(model, 3)
+    for wrong in ([0, 2], [1, 0], [], [0, 0]):
+        with pytest.raises(ValueError, match="has layers 0 to 1"):
+            keep_layers(model, wrong)
+
+
+def test_layers_are_named_by_number_or_range():
+    assert layer_numbers("3") == [0, 1, 2]
+    assert layer_numbers("0-2,5,7-8") == [0, 1, 2, 5, 7, 8]
+    with pytest.raises(ValueError, match="'3-'; expected"):
+        layer_numbers("3-")
 
 
 @pytest.mark.slow
@@ -118,7 +131,7 @@ def test_assembled_folder_loads_elsewhere(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "LlamaModel" in done.stdout
     assert "EfficientNetModel" in done.stdout
-    assert json.loads((output / "assembly.json").read_text())["text_layers"] == 1
+    assert json.loads((output / "assembly.json").read_text())["text_layers"] == "1"
     assert not [path for path in tmp_path.iterdir() if path != output]  # nothing half-written is left
 
     read = subprocess.run(

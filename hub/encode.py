@@ -234,8 +234,8 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
     """What the job did, for people."""
     counts, settings = manifest["counts"], manifest["job"]["settings"]
     lines = [
-        f"{output}: {counts['items']:,} items in {len(manifest['shards'])} shards, "
-        f"{manifest['width']} dimensions as {settings['embedding_type']}"
+        f"{output}: {counts['items']:,} items, {manifest['width']} dimensions as {settings['embedding_type']}, "
+        f"shards: {len(manifest['shards'])}"
     ]
     if counts["rejects"]:
         lines.append(f"{counts['rejects']:,} of {counts['rows']:,} rows left out, see {output / REJECTS}; the first:")

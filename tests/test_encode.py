@@ -263,7 +263,7 @@ def test_exit_codes_and_summary(messy, table, tiny_model_folder, tmp_path, monke
         return encode_module.main(), *capsys.readouterr()
 
     code, out, _ = run(table, "all")
-    assert (code, out) == (0, f"{tmp_path / 'all'}: 70 items in 5 shards, 24 dimensions as float32\n")
+    assert (code, out) == (0, f"{tmp_path / 'all'}: 70 items, 24 dimensions as float32, shards: 5\n")
     code, out, _ = run(messy, "some")
     assert code == 3
     assert "28 items" in out

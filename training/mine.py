@@ -1,0 +1,256 @@
+"""Mine pairs of related items from an interaction log: `python training/mine.py --interactions LOG --output PAIRS.parquet`.
+
+Scores, options and their exact meaning: `training.mining`. The query items are mined in parts, each finished before the
+next, so that memory is bounded by a part and not by the log. Writes the pairs (query_id, target_id, score, users), for
+either side of --split_time if given, and beside the output `PAIRS.rejects.jsonl`: rows of the log that were left out.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ibis import Table
+from ibis.backends import BaseBackend
+from rich.console import Console
+from rich.table import Table as RichTable
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from training.mining import (
+    LAST_TIME,
+    LOG_COLUMNS,
+    MILLISECONDS,
+    MiningArguments,
+    MiningError,
+    best_targets,
+    check_rows,
+    cooccurrences,
+    count_filtered,
+    items_per_user,
+    make_events,
+    make_filters,
+    number_values,
+    plan_parts,
+    users_per_item,
+)
+from training.mining_engines import kept, opened, read_log
+
+
+PAIR_SCHEMA = pa.schema(
+    [("query_id", pa.string()), ("target_id", pa.string()), ("score", pa.float64()), ("users", pa.int64())]
+)
+REJECTS_LISTED = 1_000_000
+"""Of each kind; more are counted only, so that a log of garbage can't fill memory or disk."""
+
+
+@dataclass(frozen=True)
+class Mined:
+    """What was counted on the way.
+
+    Attributes:
+        rejected: reason to number of rows of the log that were left out.
+        sides: "all", or "train" and "test", to what was counted there, in order.
+    """
+
+    rejected: dict[str, int]
+    sides: dict[str, dict[str, int]]
+
+
+def mine(arguments: MiningArguments) -> Mined:
+    """The whole job: reads the log, writes pair tables and rejects.
+
+    Raises:
+        MiningError: for a log that can't be used, or when no pair is left.
+    """
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    spill = tempfile.TemporaryDirectory(prefix=".mine-", dir=arguments.temp_directory or output.parent)
+    with spill as folder, opened(arguments, Path(folder)) as backend, ExitStack() as stack:
+
+        def keep(table: Table) -> Table:
+            return stack.enter_context(kept(backend, table))
+
+        raw = read_log(backend, arguments.interactions, keep)
+        rows = check_rows(raw.rows, arguments.timestamp_unit)
+        rejected = write_rejects(raw.broken, keep(rows.filter(rows.reason.notnull())), rejects_of(output))
+        usable = keep(rows.filter(rows.reason.isnull()).select("user_id", "item_id", "time"))
+        if not _count(usable):
+            listed = ", ".join(f"{reason} ({count:,})" for reason, count in rejected.items())
+            raise MiningError(f"No row of the log is usable: {listed or 'it is empty'}. See {rejects_of(output)}.")
+        if arguments.split_time is None or arguments.test_output is None:
+            sides = {"all": (usable, output)}
+        else:
+            split = parse_time(arguments.split_time, arguments.timestamp_unit)
+            sides = {
+                "train": (usable.filter(usable.time < split), output),
+                "test": (usable.filter(usable.time >= split), Path(arguments.test_output)),
+            }
+        counts = {name: mine_side(backend, log, arguments, path, name) for name, (log, path) in sides.items()}
+    return Mined(rejected, counts)
+
+
+def mine_side(backend: BaseBackend, log: Table, arguments: MiningArguments, output: Path, name: str) -> dict[str, int]:
+    """Mine one log, or one side of it, into a Parquet file.
+
+    Args:
+        log: user_id, item_id, time.
+
+    Raises:
+        MiningError: when no pair is left.
+    """
+    with ExitStack() as stack:
+        item_ids = stack.enter_context(kept(backend, number_values(log, "item_id", "item")))
+        events, counts = stack.enter_context(prepared(backend, log, item_ids, arguments, name))
+        parts = plan_parts(events, arguments).execute().to_dict("records")
+        labels = ["pairs", *(f"  {label}" for label in make_filters(arguments))]
+        best = f"  among the {arguments.top_targets} best of the query" if arguments.top_targets else "  written"
+        counts |= dict.fromkeys([*labels, best], 0)
+        writer = stack.enter_context(_parquet_beside(output))
+        total = sum(part["candidates"] for part in parts)
+        bar = stack.enter_context(tqdm(total=total, desc=f"Mining ({name})", unit="candidate", unit_scale=True))
+        for part in parts:
+            queries = events.filter(events["item"].between(int(part["first"]), int(part["last"])))
+            with kept(backend, cooccurrences(queries, events, arguments)) as pairs:
+                found = count_filtered(pairs, arguments).execute().iloc[0].tolist()
+                table = best_targets(pairs, item_ids, arguments).to_pyarrow()
+            writer.write_table(table.cast(PAIR_SCHEMA))
+            for label, count in zip([*labels, best], [*found, len(table)], strict=True):
+                counts[label] += int(count)
+            bar.update(int(part["candidates"]))
+        if not counts[best]:
+            listed = "; ".join(f"{label.strip()} {count:,}" for label, count in counts.items())
+            raise MiningError(f"{arguments.interactions} ({name}): no pair is left. Counted: {listed}.")
+    return counts
+
+
+@contextmanager
+def prepared(
+    backend: BaseBackend, log: Table, item_ids: Table, arguments: MiningArguments, name: str
+) -> Iterator[tuple[Table, dict[str, int]]]:
+    """The interactions that can form pairs, and the counts of what they came from."""
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=5, desc=f"Reading ({name})", unit="table"))
+
+        def step(table: Table) -> Table:
+            bar.update()
+            return stack.enter_context(kept(backend, table))
+
+        numbered = log.join(number_values(log, "user_id", "user"), "user_id").join(item_ids, "item_id")
+        numbered = step(numbered.select("user", "item", "time"))
+        all_users = step(items_per_user(numbered))
+        users = all_users.filter(all_users["items"] <= arguments.max_items_per_user)
+        popularity = step(users_per_item(numbered.semi_join(users, "user")))
+        items = popularity.filter(popularity.users <= int(arguments.popularity_cap * _count(users)))
+        counts = {
+            "interactions": _count(numbered),
+            "users": _count(all_users),
+            "  taken for robots": _count(all_users) - _count(users),
+            "items": _count(item_ids),
+            "  over the popularity cap": _count(popularity) - _count(items),
+        }
+        bar.update()
+        with kept(backend, make_events(numbered, users, items, arguments)) as events:
+            bar.update()
+            stack.close()  # only the events stay
+            yield events, counts | {"interactions that can form pairs": _count(events)}
+
+
+def write_rejects(broken: Table | None, rejects: Table, path: Path) -> dict[str, int]:
+    """Count the rows that can't be used by reason, and list them, one JSON line for each.
+
+    Args:
+        broken: lines that are no row, with the reason.
+        rejects: rows with the reason; of either kind, the first `REJECTS_LISTED` are listed.
+    """
+    ids = {name: rejects[name].cast("string") for name in LOG_COLUMNS}
+    rejects = rejects.select(**ids, reason=rejects.reason).order_by("reason", *LOG_COLUMNS)
+    counts: dict[str, int] = {}
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as stream:
+        for table in (rejects,) if broken is None else (broken.order_by("line"), rejects):
+            by_reason = table.group_by("reason").agg(rows=table.count()).order_by("reason").execute()
+            counts |= {reason: int(count) for reason, count in by_reason.itertuples(index=False)}
+            for row in table.limit(REJECTS_LISTED).to_pyarrow().to_pylist():
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(beside, path)
+    return counts
+
+
+def rejects_of(output: Path) -> Path:
+    """Where the rows are listed that were left out."""
+    return output.with_suffix(".rejects.jsonl")
+
+
+def parse_time(text: str, unit: str) -> int:
+    """Milliseconds since 1970 of a number in `unit`, or of an ISO 8601 time, in UTC where it names no zone.
+
+    Raises:
+        MiningError: when it is neither, or beyond the year 9999.
+    """
+    try:
+        milliseconds = float(text) * MILLISECONDS[unit]
+    except ValueError:
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError as error:
+            raise MiningError(f"--split_time is {text!r}; expected a number or ISO 8601 (2024-05-31T12:00).") from error
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        milliseconds = moment.timestamp() * 1000
+    if not abs(milliseconds) <= LAST_TIME:
+        raise MiningError(f"--split_time {text} lies beyond the year 9999: is it in another --timestamp_unit?")
+    return round(milliseconds)
+
+
+def show(mined: Mined, arguments: MiningArguments) -> None:
+    """The counts of every step, a column for each side, and where everything is."""
+    console = Console()
+    table = RichTable(title=f"Pairs of {arguments.interactions}")
+    table.add_column("")
+    for name in mined.sides:
+        table.add_column(name, justify="right")
+    for label in next(iter(mined.sides.values())):
+        table.add_row(label, *(f"{counts[label]:,}" for counts in mined.sides.values()))
+    console.print(table)
+    for reason, count in mined.rejected.items():
+        console.print(f"Rows left out: {count:,}, {reason}")
+    written = [arguments.output, *([arguments.test_output] if arguments.test_output else [])]
+    console.print(f"Pairs:   {' and '.join(written)}\nRejects: {rejects_of(Path(arguments.output))}")
+
+
+@contextmanager
+def _parquet_beside(path: Path) -> Iterator[pq.ParquetWriter]:
+    """A writer of pairs; the file gets its name when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with pq.ParquetWriter(beside, PAIR_SCHEMA) as writer:
+            yield writer
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _count(table: Table) -> int:
+    return int(table.count().execute())
+
+
+def main() -> None:
+    """Entry point; a mistake in the options or the log ends with its message alone."""
+    try:
+        arguments = HfArgumentParser(MiningArguments).parse_args_into_dataclasses()[0]
+        mined = mine(arguments)
+    except MiningError as error:
+        sys.exit(f"training/mine.py: {error}")
+    show(mined, arguments)
+
+
+if __name__ == "__main__":
+    main()

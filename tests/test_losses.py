@@ -195,6 +195,13 @@ def test_hard_negatives_are_columns_only_and_known_positives_are_left_out():
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, (embeddings, visual, factor)))
     assert gradients[0][6:].any(1).all()
 
+    for place, name in ((0, "row"), (1, "column")):
+        wrong = [torch.tensor([2]), torch.tensor([2])]
+        wrong[place] = torch.tensor([9])
+        with pytest.raises(ValueError, match=f"excluded entry has {name} 9; there are 9"):
+            everything(
+                embeddings, visual, has_image, factor, 3, item_index, negatives=lambda _, wrong=wrong: tuple(wrong)
+            )
     with pytest.raises(ValueError, match="needs item_index"):
         everything(embeddings, visual, has_image, factor, 3, negatives=same_item_or_known)
     with pytest.raises(ValueError, match="5 pairs have 10 members, but the batch has 9 items"):

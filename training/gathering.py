@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -79,6 +79,21 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+def touch_unused(model: nn.Module, has_image: Tensor) -> Tensor | float:
+    """A zero with gradients for the parts that items without images leave out, to be added to the loss.
+
+    DDP waits for the gradient of every parameter, also on a process whose batch is of texts alone.
+
+    Args:
+        model: the NoteLLM-2 model, whatever is wrapped around its language model.
+        has_image: `(n,)` bool, of the items that the loss is over.
+    """
+    if world_size() == 1 or has_image.any():
+        return 0.0
+    unused = [p for name, p in model.named_parameters() if p.requires_grad and "language_model" not in name]
+    return 0.0 * sum(parameter.float().sum() for parameter in unused)
 
 
 class _GatherWithGradient(torch.autograd.Function):

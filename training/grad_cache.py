@@ -17,6 +17,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from modeling_notellm2 import NoteLLM2Model
 from modeling_notellm2.inputs_notellm2 import count_images
+from training.gathering import touch_unused
 from training.losses import PairLossOutput
 
 
@@ -84,7 +85,8 @@ class GradCache:
             with self.no_sync():
                 self._backpropagate(chunk.surrogate(model, base))
         # The logit scale's gradient goes with it: DDP expects every parameter once.
-        self._backpropagate(last.surrogate(model, base) + base.logit_scale * scale_gradient)
+        surrogate = last.surrogate(model, base) + base.logit_scale * scale_gradient
+        self._backpropagate(surrogate + touch_unused(base, last.has_image))
         return output
 
     def _embed(self, model: nn.Module, base: NoteLLM2Model, inputs: dict[str, Tensor]) -> "_Chunk":

@@ -128,7 +128,7 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "Of metric_for_best_model."})
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Must stay off with chunk_size; on if some batches have no image at all."}
+        default=False, metadata={"help": "Must stay off: the loss uses the logit scale beside the model."}
     )
 
     def __post_init__(self) -> None:

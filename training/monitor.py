@@ -42,8 +42,9 @@ class TrainingMonitor:
     def add(self, output: PairLossOutput, items: int) -> None:
         """A step's losses, and the number of items in the batches of all processes."""
         for name in ("multimodal_loss", "visual_loss", "in_batch_recall"):
-            if output[name] is not None:
-                self.sums[name].append(output[name])
+            value = getattr(output, name)
+            if value is not None:
+                self.sums[name].append(value)
         self.items += items
 
     def counting(self, negatives: Callable[[Tensor], Entries]) -> Callable[[Tensor], Entries]:

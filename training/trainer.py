@@ -17,7 +17,7 @@ from training.adapters import base_of, save_adapter
 from training.arguments import NoteLLM2TrainingArguments
 from training.batches import PairDataset
 from training.checkpoints import STAGING, publish_checkpoint
-from training.gathering import world_size
+from training.gathering import touch_unused, world_size
 from training.grad_cache import GradCache
 from training.losses import Entries, PairLoss, PairLossOutput
 from training.monitor import TrainingMonitor
@@ -94,7 +94,7 @@ class NoteLLM2Trainer(Trainer):
             base_of(self.model).logit_scale,
         )
         self._take_down(losses, item_index)
-        loss = losses.loss + _touch_unused(self.model, outputs.has_image) if world_size() > 1 else losses.loss
+        loss = losses.loss + touch_unused(base_of(self.model), outputs.has_image)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
@@ -215,14 +215,6 @@ class NoteLLM2Trainer(Trainer):
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
         )
-
-
-def _touch_unused(model: nn.Module, has_image: Tensor) -> Tensor | float:
-    """A zero with gradients for the parts that a batch of texts alone leaves out: DDP waits for every parameter."""
-    if has_image.any():
-        return 0.0
-    unused = [p for name, p in model.named_parameters() if p.requires_grad and "language_model" not in name]
-    return 0.0 * torch.stack([parameter.sum() for parameter in unused]).sum()
 
 
 def parameter_groups(model: nn.Module, arguments: NoteLLM2TrainingArguments) -> list[dict[str, Any]]:

@@ -4,6 +4,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 DEMO := runs/demo
+# Twelve of SmolLM2's thirty layers and a small Q-Former: what two cores train in minutes.
+DEMO_SIZES := --text_layers 0-7,22-25 --num_query_tokens 4 --qformer_layers 2 --qformer_hidden_size 384 --qformer_heads 6 \
+	--prompt_language en --max_title_length 60
 
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
@@ -18,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python hub/assemble.py --output $(DEMO)/base
+	$(BIN)/python hub/assemble.py --output $(DEMO)/base $(DEMO_SIZES)
 	$(BIN)/python -m training.emoji_items --output $(DEMO)/data
 	$(BIN)/python training/run.py training/configs/demo.yaml
 
@@ -31,8 +34,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	@if [ -d tests/benchmarks ]; then $(BIN)/python -m pytest tests/benchmarks -s; \
-	else echo "no benchmarks yet: tests/benchmarks does not exist"; fi
+	@for table in $(basename $(notdir $(wildcard tests/benchmarks/*.py))); do \
+		[ $$table = __init__ ] || { echo "== $$table"; $(BIN)/python -m tests.benchmarks.$$table || exit 1; }; done
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -47,7 +47,7 @@ from training.mining_engines import kept, opened, read_log
 PAIR_SCHEMA = pa.schema(
     [("query_id", pa.string()), ("target_id", pa.string()), ("score", pa.float64()), ("users", pa.int64())]
 )
-REJECTS_LISTED = 1_000_000
+REJECTS_LISTED = 100_000
 """Of each kind; more are counted only, so that a log of garbage can't fill memory or disk."""
 
 

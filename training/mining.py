@@ -150,6 +150,8 @@ def check_rows(log: Table, timestamp_unit: str) -> Table:
 def number_values(table: Table, column: str, name: str) -> Table:
     """The distinct values of a column with their place (int32, from 0) in ascending order of their text.
 
+    Spark does the numbering in one task: a sort of the distinct values, not of the log.
+
     Returns:
         column, `name` (the place), text.
     """

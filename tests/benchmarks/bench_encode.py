@@ -14,6 +14,8 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pyarrow as pa
@@ -76,33 +78,31 @@ def ray_rate(model: str, table_path: str, blocks: int, actors: int) -> float:
     return (last - first) * ROWS / (arrivals[last - 1] - arrivals[first - 1])
 
 
-def embed_again_and_again(
-    model: str, table_path: str, seconds: float, start: float, done: "multiprocessing.Queue[int]"
-) -> None:
+def embed_again_and_again(model: str, table_path: str, seconds: float, all_ready: Barrier, done: Queue) -> None:
+    """Counts the items that this process embeds in so many seconds."""
     torch.set_num_threads(1)
     encoder = ItemEncoder(model, batch_size=ROWS)
     block = encoder.prepare(0, open_items(table_path).read(0, ROWS))
     encoder.embed(block)
-    time.sleep(max(0.0, start - time.time()))
-    items = 0
-    while time.time() < start + seconds:
+    all_ready.wait()
+    start, items = time.perf_counter(), 0
+    while time.perf_counter() < start + seconds:
         items += len(encoder.embed(block).item_ids)
-    done.put(items)
+    done.put(items / (time.perf_counter() - start))
 
 
 def machine_rate(model: str, table_path: str, processes: int, seconds: float = 15) -> float:
     """Items a second of so many processes that share nothing."""
     context = multiprocessing.get_context("spawn")
-    done: multiprocessing.Queue[int] = context.Queue()
-    start = time.time() + 40
-    arguments = (model, table_path, seconds, start, done)
+    done, all_ready = context.Queue(), context.Barrier(processes)
+    arguments = (model, table_path, seconds, all_ready, done)
     running = [context.Process(target=embed_again_and_again, args=arguments) for _ in range(processes)]
     for process in running:
         process.start()
-    items = sum(done.get() for _ in running)
+    rate = sum(done.get() for _ in running)
     for process in running:
         process.join()
-    return items / seconds
+    return rate
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Tiny models made on the spot: a byte-level tokenizer, a two-layer Llama, a two-layer CLIP vision tower."""
+"""Tiny models made on the spot (a byte-level tokenizer, a two-layer Llama, a two-layer CLIP vision tower), and tables."""
 
 import io
 import json
+import multiprocessing
 from pathlib import Path
 
 import datasets
@@ -19,7 +20,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from hub.encode import encode
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
+from tests.catalogue import arguments, make_items, messy_rows, png, write_items
 
 
 QFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -135,3 +138,35 @@ def coloured_tables(tmp_path_factory):
             rows += [{"query_id": "i0", "target_id": bad, "colour": "red"} for bad in ("broken", "nowhere", "i0")]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory) -> Path:
+    """Seventy good rows of all shapes."""
+    return write_items(make_items(70), tmp_path_factory.mktemp("table") / "items.parquet")
+
+
+@pytest.fixture(scope="session")
+def messy(tmp_path_factory) -> Path:
+    """A table of JSON lines with every kind of fault."""
+    folder = tmp_path_factory.mktemp("messy")
+    (folder / "fine.png").write_bytes(png(1))
+    (folder / "cut.png").write_bytes(png(2)[:-300])
+    lines, _ = messy_rows()
+    (folder / "items.jsonl").write_text("\n".join(lines) + "\n\n")
+    return folder / "items.jsonl"
+
+
+@pytest.fixture(scope="session")
+def messy_encoded(messy, tiny_model_folder, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("messy_encoded") / "shards"
+    encode(arguments(tiny_model_folder, messy, output))
+    return output
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts processes that have the encoder imported already, and nothing of this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hub.encode", "tests.catalogue"])
+    return context

@@ -19,7 +19,7 @@ from hub.encode import EncodeArguments, encode
 from hub.index import BuildArguments, Index, Neighbour, build, choose_parameters
 from hub.shards import ShardError, embeddings_array, file_sha256, write_json
 from hub.vector_exports import export
-from tests.test_encode import SMALL, make_items, png, read_shards, vectors, write_items
+from tests.catalogue import SMALL, make_items, png, read_shards, vectors, write_items
 
 
 CLUSTERED, WIDTH = 12_000, 16

@@ -29,8 +29,8 @@ from hub.item_tables import open_items
 from hub.ray_engine import RayOptions, encode_with_ray
 from hub.shards import Plan
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
+from tests.catalogue import make_items
 from tests.conftest import QFORMER, make_image_processor, make_tokenizer
-from tests.test_encode import make_items
 
 
 ROWS = 16

@@ -1,0 +1,190 @@
+"""What a card says about quality: a table and sentences, each derived from the figures of metrics.json.
+
+A difference is called one only where it exceeds twice its standard error, that of two independent shares over the run's
+number of queries: a little too careful, as both are measured on the same queries.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+
+NAMES = {
+    "both": "picture and text",
+    "image": "picture alone",
+    "text": "text alone",
+    "visual": "visual embedding",
+}
+STAGES = {"random": "random", "baselines": "baseline", "before": "untrained", "after": "trained"}
+METRICS = ("recall@1", "recall@10", "recall@100", "precision@10")
+HEADLINE = "recall@10"
+
+Metrics = Mapping[str, Any]
+
+
+def read_metrics(metrics: str | Path | Metrics | None) -> dict[str, Any]:
+    """Content of metrics.json; empty for None.
+
+    Raises:
+        ValueError: when it is not of the form that `training/run.py` writes, or holds a figure that is no share.
+    """
+    if metrics is None:
+        return {}
+    if isinstance(metrics, Mapping):
+        name, content = "The metrics", dict(metrics)
+    else:
+        name = str(metrics)
+        content = json.loads(Path(metrics).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("after"), dict):
+        raise ValueError(f"{name}: no figures under 'after'; pass the metrics.json that training/run.py wrote.")
+    for stage in STAGES:
+        for key, value in content.get(stage, {}).items():
+            if "/" in key and not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise ValueError(f"{name}: {stage} {key} is {value!r}; expected a share between 0 and 1.")
+    return content
+
+
+def eval_results(metrics: Metrics, dataset: str | None, dataset_name: str) -> list[EvalResult]:
+    """The trained model's figures for the card's model-index.
+
+    Args:
+        dataset: Hub id of what was measured on, or None.
+        dataset_name: what people call it.
+    """
+    results = []
+    for key, value in metrics.get("after", {}).items():
+        part, metric = key.rsplit("/", 1)
+        results.append(
+            EvalResult(
+                task_type="feature-extraction",
+                task_name=f"Item-to-item retrieval, {NAMES.get(part, part)}",
+                dataset_type=dataset or "custom",
+                dataset_name=dataset_name,
+                dataset_config=part,
+                dataset_split=metrics.get("settings", {}).get("eval_split"),
+                metric_type=metric,
+                metric_name=f"{metric} ({NAMES.get(part, part)})",
+                metric_value=value,
+            )
+        )
+    return results
+
+
+def results_table(metrics: Metrics) -> dict[str, Any] | None:
+    """Columns and rows of the card's table of figures: random, baselines, before and after training."""
+    columns = [name for name in METRICS if any(key.endswith(f"/{name}") for key in metrics.get("after", {}))]
+    rows = []
+    for stage, label in STAGES.items():
+        figures = metrics.get(stage, {})
+        for part in dict.fromkeys(key.rsplit("/", 1)[0] for key in figures if "/" in key):
+            shown = [figures.get(f"{part}/{column}") for column in columns]
+            cells = ["" if figure is None else f"{figure:.3f}" for figure in shown]
+            rows.append({"name": label if stage == part else f"{label}: {NAMES.get(part, part)}", "cells": cells})
+    return {"columns": columns, "rows": rows} if columns else None
+
+
+def findings(metrics: Metrics) -> list[str]:
+    """Sentences on training, baselines and modalities, from the figures alone."""
+    after, queries = metrics.get("after", {}), metrics.get("random", {}).get("queries", 0)
+    if f"both/{HEADLINE}" not in after:
+        return []
+    compare = _Comparison(queries)
+    trained = after[f"both/{HEADLINE}"]
+    found = [f"With picture and text {HEADLINE} is {trained:.3f}{_reference(metrics)}."]
+    before = metrics.get("before", {}).get(f"both/{HEADLINE}")
+    if before is not None:
+        found.append(f"Training: {compare.sentence('trained', trained, 'untrained', before)}.")
+    found += _modalities(after, metrics.get("random", {}).get(f"random/{HEADLINE}"), compare)
+    found += _baselines(metrics.get("baselines", {}), after, compare)
+    return found
+
+
+def _reference(metrics: Metrics) -> str:
+    chance = metrics.get("random", {}).get(f"random/{HEADLINE}")
+    return "" if chance is None else f", by chance it would be {chance:.3f}"
+
+
+def _modalities(after: Metrics, chance: float | None, compare: "_Comparison") -> list[str]:
+    """Does the picture count beside the text, and does it carry alone?"""
+    both, text, image = (after.get(f"{part}/{HEADLINE}") for part in ("both", "text", "image"))
+    found = []
+    if text is not None and both is not None:
+        verdict = {
+            1: "the picture adds to the text",
+            0: "no clear gain from the picture beside the text",
+            -1: "the text alone does better than with the picture",
+        }[compare.sign(both, text)]
+        found.append(f"Picture beside text: {verdict} ({both:.3f} with it, {text:.3f} without).")
+    if image is not None and chance is not None:
+        verdict = {
+            1: "the picture alone carries",
+            0: "the picture alone does no better than chance",
+            -1: "the picture alone does worse than chance",
+        }[compare.sign(image, chance)]
+        found.append(f"Picture without text: {verdict} ({image:.3f}, chance {chance:.3f}).")
+    if image is not None and both is not None:
+        verdict = {
+            1: "the text adds to the picture",
+            0: "no clear gain from the text beside the picture",
+            -1: "the picture alone does better than with the text",
+        }[compare.sign(both, image)]
+        found.append(f"Text beside picture: {verdict} ({both:.3f} with it, {image:.3f} without).")
+    return found
+
+
+def _baselines(baselines: Metrics, after: Metrics, compare: "_Comparison") -> list[str]:
+    """The best baseline at each figure, and whether the model passes it."""
+    found = []
+    for metric in METRICS:
+        own = after.get(f"both/{metric}")
+        figures = {key.rsplit("/", 1)[0]: value for key, value in baselines.items() if key.endswith(f"/{metric}")}
+        if own is not None and figures:
+            best = max(figures, key=lambda name: figures[name])
+            text = compare.sentence("the model", own, f"the best baseline ({best})", figures[best])
+            found.append(f"{metric} against baselines: {text}.")
+    return found
+
+
+class _Comparison:
+    """Two shares of the same number of queries.
+
+    Args:
+        queries: their number; 0 where it is unknown: any difference then counts as one.
+    """
+
+    def __init__(self, queries: int):
+        self.queries = queries
+
+    def sign(self, one: float, other: float) -> int:
+        """1 or -1 where `one` is clearly larger or smaller, else 0."""
+        error = math.sqrt((one * (1 - one) + other * (1 - other)) / self.queries) if self.queries else 0.0
+        return 0 if abs(one - other) <= 2 * error else (1 if one > other else -1)
+
+    def sentence(self, name: str, one: float, other_name: str, other: float) -> str:
+        """Both figures and which is better."""
+        verdict = {1: "better than", 0: "not clearly different from", -1: "worse than"}[self.sign(one, other)]
+        return f"{name} ({one:.3f}) is {verdict} {other_name} ({other:.3f})"
+
+
+def protocol(metrics: Metrics) -> str:
+    """How the figures were measured."""
+    random = metrics.get("random", {})
+    if "queries" not in random:
+        return ""
+    text = (
+        f"Recall by the published protocol: {random['queries']:,} queries, each with one right answer among "
+        f"{random['candidates']:,} candidates. Each modality is measured over the items that have it."
+    )
+    if any(key.startswith("precision@", key.find("/") + 1) for key in metrics["after"]):
+        label = metrics.get("settings", {}).get("label_column")
+        text += f" precision@10: share of the 10 nearest items with the query's {f'`{label}`' if label else 'label'}."
+    return text
+
+
+def model_metrics(results: Sequence[EvalResult]) -> list[str]:
+    """Names of the figures, each once."""
+    return list(dict.fromkeys(result.metric_type for result in results))

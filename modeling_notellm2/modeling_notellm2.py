@@ -27,6 +27,7 @@ from .backbones_notellm2 import (
     tokenizer_of,
 )
 from .configuration_notellm2 import NoteLLM2Config
+from .downloads_notellm2 import check_downloads
 from .inputs_notellm2 import count_images, last_position, positions_of, states_at
 from .loss_notellm2 import complete_pairs, contrastive_pair_loss
 from .saving_notellm2 import write_sentence_transformers_files
@@ -128,6 +129,12 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
                 init.zeros_(module.query_tokens)
         else:
             super()._init_weights(module)
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        """Where transformers reads weights, those of adapters too: downloaded ones are checked first."""
+        check_downloads(checkpoint_files or [])
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As for any model; with the processor's files beside it, the folder also is a sentence-transformers model."""

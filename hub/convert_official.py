@@ -2,13 +2,17 @@
 
     python hub/convert_official.py --weights W.safetensors --config C.json --output DIR
 
-The weights are a state dict (.safetensors, or .bin/.pt/.pth read with weights_only=True) under the research code's parameter
-names; the config is JSON with the sizes and flags, as in `tests/reference/official/*/config.json`.
+The weights are a state dict under the research code's parameter names: .safetensors; .bin/.pt/.pth, such as DeepSpeed's
+zero_to_fp32.py writes, of which nothing is executed; or the .index.json of one in several files. The config is JSON with the
+sizes and flags, as in `tests/reference/official/*/config.json`. Both of the research code's LLMs are read: Llama, and Qwen 1
+(`text_config` as in Qwen-7B's config.json, with `"model_type": "qwen"`), which becomes a Qwen2 (see `hub/convert_qwen.py`).
 """
 
 import json
+import pickle
 import re
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
+from hub.convert_qwen import qwen2_config, qwen2_weights
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 
 
@@ -25,7 +30,7 @@ from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 class ConvertArguments:
     """What to convert."""
 
-    weights: Path = field(metadata={"help": "State dict: .safetensors, .bin, .pt or .pth."})
+    weights: Path = field(metadata={"help": "State dict: .safetensors, .bin, .pt, .pth or .index.json."})
     config: Path = field(metadata={"help": "JSON with sizes and flags of the research model."})
     output: Path = field(metadata={"help": "Folder to write; must not exist yet."})
     tokenizer: str | None = field(
@@ -48,6 +53,7 @@ RENAMES = [
     (r"^linear\.", "reduction."),
     (r"^temperature$", "logit_scale"),
 ]
+PICKLES = (".bin", ".pt", ".pth")
 # Buffers that old versions of transformers saved and that are recomputed, and the LLM's unused output layer.
 DROPPED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|^lm_head\.weight)$")
 
@@ -72,10 +78,11 @@ def convert_config(research: dict[str, Any]) -> NoteLLM2Config:
     for key, value in expected.items():
         if research.get(key, value) != value:
             raise ValueError(f"config {key}={research[key]!r} is not supported; expected {value!r}.")
+    text = research["text_config"]
     qformer = {k: v for k, v in research["qformer_config"].items() if k != "vocab_size"}
     return NoteLLM2Config(
         vision_config=research["vision_config"],
-        text_config=research["text_config"],
+        text_config=qwen2_config(text) if text.get("model_type") == "qwen" else text,
         qformer_config=qformer,
         num_query_tokens=research["num_query_tokens"],
         early_fusion=research["early_fusion"],
@@ -95,15 +102,40 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """A state dict from disk. Pickles are read weights-only: nothing in them is executed.
 
     Raises:
-        ValueError: for another kind of file or for a file that holds no state dict.
+        ValueError: for another kind of file, for one that holds no state dict, and for a pickle that holds anything but
+            tensors.
     """
+    if path.name.endswith(".index.json"):
+        return _read_parts(path)
     if path.suffix == ".safetensors":
         return load_file(path)
-    if path.suffix not in (".bin", ".pt", ".pth"):
-        raise ValueError(f"{path}: expected a .safetensors, .bin, .pt or .pth file.")
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix not in PICKLES:
+        raise ValueError(f"{path}: expected a .safetensors, .bin, .pt, .pth or .index.json file.")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path} was not read: it is damaged, or a pickle that holds more than tensors, such as code, which is never run "
+            f"({reason}). Ask for a .safetensors file, or for a plain state dict as zero_to_fp32.py writes it."
+        ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{path} holds no state dict (names to tensors).")
+    return weights
+
+
+def _read_parts(index: Path) -> dict[str, torch.Tensor]:
+    """All files that an index lists, which must lie beside it and hold what it says."""
+    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    weights: dict[str, torch.Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}; its files lie beside it.")
+        weights |= read_weights(index.parent / name)
+    if weights.keys() != places.keys():
+        raise ValueError(
+            f"{index} and its files differ: {len(places)} names in the index, {len(weights)} tensors in the files."
+        )
     return weights
 
 
@@ -114,6 +146,8 @@ def convert(weights: dict[str, torch.Tensor], research_config: dict[str, Any]) -
         ValueError: listing the weights that are missing, left over or of another shape.
     """
     model = NoteLLM2Model(convert_config(research_config))
+    if research_config["text_config"].get("model_type") == "qwen":
+        weights = qwen2_weights(weights)
     places = model.state_dict()
     state = {ours: tensor for name, tensor in weights.items() if (ours := convert_name(name)) is not None}
     if "logit_scale" in state:
@@ -129,15 +163,12 @@ def convert(weights: dict[str, torch.Tensor], research_config: dict[str, Any]) -
     return model.eval()
 
 
-def main() -> None:
-    """Converts and writes; the folder appears only when it is complete."""
-    args = HfArgumentParser(ConvertArguments).parse_args_into_dataclasses()[0]
-    if args.output.exists():
-        raise SystemExit(f"{args.output} exists already; choose another --output or remove it.")
-    if (args.tokenizer is None) != (args.image_processor is None):
-        raise SystemExit("--tokenizer and --image_processor go together: both are needed to write a processor.")
-    research = json.loads(args.config.read_text(encoding="utf-8"))
-    model = convert(read_weights(args.weights), research)
+def write(model: NoteLLM2Model, args: ConvertArguments) -> None:
+    """Writes the folder, which appears only when it is complete.
+
+    Raises:
+        ValueError: when the tokenizer is not the one that the checkpoint was trained with.
+    """
     args.output.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{args.output.name}-", dir=args.output.parent))
     try:
@@ -153,7 +184,7 @@ def main() -> None:
             ours = (model.config.image_token_id, model.config.visual_embedding_token_id)
             theirs = (processor.image_token_id, processor.visual_embedding_token_id)
             if ours != theirs:
-                raise SystemExit(
+                raise ValueError(
                     f"The tokenizer gives <IMG> and <IMG_EMB> the ids {theirs}, the checkpoint has {ours}: use the tokenizer "
                     "that the checkpoint was trained with."
                 )
@@ -162,6 +193,21 @@ def main() -> None:
         beside.rename(args.output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def main() -> None:
+    """Entry point; a mistake in the options or files ends with its message alone."""
+    args = HfArgumentParser(ConvertArguments).parse_args_into_dataclasses()[0]
+    if args.output.exists():
+        sys.exit(f"{args.output} exists already; choose another --output or remove it.")
+    if (args.tokenizer is None) != (args.image_processor is None):
+        sys.exit("--tokenizer and --image_processor go together: both are needed to write a processor.")
+    try:
+        research = json.loads(args.config.read_text(encoding="utf-8"))
+        model = convert(read_weights(args.weights), research)
+        write(model, args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"hub/convert_official.py: {error}")
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"{args.output}: NoteLLM-2 {model.config.prompt_mode}, {total:,} parameters")
 

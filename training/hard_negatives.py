@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 from training.batches import ItemCollator
 from training.data import ItemTable, MatchedPairs, TableError, load_items, match_pairs
-from training.evaluation import embed
+from training.modalities import embed
 from training.negatives import KnownPositives, image_hashes, text_hashes
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.evaluation import RECALL_AT
+from training.modalities import RECALL_AT
 from training.retrieval import rank_targets
 
 

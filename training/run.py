@@ -23,7 +23,7 @@ from training.arguments import DataArguments, ModelArguments, NoteLLM2TrainingAr
 from training.batches import ItemCollator, PairCollator, PairDataset, cache_vision_features
 from training.checkpoints import checkpoint_to_resume
 from training.data import ItemTable, PairTable, TableError, load_items, load_pairs
-from training.evaluation import evaluate, evaluate_in_training, measure, random_expectation
+from training.modalities import evaluate, evaluate_in_training, measure, random_expectation
 from training.negatives import FalseNegatives
 from training.sampling import item_lengths
 from training.summary import show

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from modeling_notellm2.rows_notellm2 import ITEM_FIELDS, BadRow, csv_rows, json_rows, row_id
+from modeling_notellm2.rows_notellm2 import ITEM_FIELDS, BadRow, csv_rows, dataset_id, json_rows, row_id
 
 
 STRIDE = 256
@@ -115,13 +115,15 @@ class ItemTable:
             start = end
 
 
-def open_items(source: str, split: str | None = None) -> ItemTable:
+def open_items(source: str, split: str | None = None, every_column: bool = False) -> ItemTable:
     """Open an item table and read all its ids.
 
     Args:
         source: a .parquet, .jsonl or .csv file; a folder of Parquet files, or an image folder with metadata files, in
-            both of which everything below counts; a folder that `save_to_disk` wrote; a dataset id of the Hub.
+            both of which everything below counts; a folder that `save_to_disk` wrote; a dataset of the Hub, ORG/DATA or
+            ORG/DATA:CONFIG.
         split: of a dataset; None takes all of them, one after another.
+        every_column: rows hold columns beyond those of items too (those of text files always do).
 
     Raises:
         TableError: when there is no such table, or a part of it lacks `item_id` or every field of an item.
@@ -130,7 +132,7 @@ def open_items(source: str, split: str | None = None) -> ItemTable:
     if not path.exists() or (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         if path.suffix.lower() in SCANNERS:
             raise TableError(f"{source}: no such table.")
-        return ItemTable(source, _scan_dataset(source, split))
+        return ItemTable(source, _scan_dataset(source, split, every_column))
     if split is not None:
         raise TableError(f"{source} is no dataset and has no splits; name the files of '{split}' themselves.")
     files = [(path, path.parent)] if path.is_file() else list(_files_of(path))
@@ -142,7 +144,7 @@ def open_items(source: str, split: str | None = None) -> ItemTable:
             if file.suffix.lower() not in SCANNERS:
                 raise TableError(f"{file}: a table is a {', '.join(SCANNERS)} file, a folder, or a Hub dataset id.")
             name = file.name if path.is_file() else file.relative_to(path).as_posix()
-            scans.append(SCANNERS[file.suffix.lower()](file, name, folder, bar.update))
+            scans.append(SCANNERS[file.suffix.lower()](file, name, folder, every_column, bar.update))
     return ItemTable(source, scans)
 
 
@@ -182,12 +184,12 @@ class TextPart:
 class ParquetPart:
     """A Parquet file, read forward: going back starts at the row group again."""
 
-    def __init__(self, path: Path, name: str, folder: Path):
+    def __init__(self, path: Path, name: str, folder: Path, every_column: bool):
         self.path, self.name, self.folder = path, name, folder
         with _open_parquet(path) as file:
             _check_columns(str(path), file.schema_arrow.names)
             groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            self.columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
+            self.columns = [name for name in file.schema_arrow.names if every_column or name in _COLUMNS]
         self.starts = [0, *accumulate(groups)]
         self.rows = self.starts[-1]
         self._forget()
@@ -242,7 +244,7 @@ class DatasetPart:
 _COLUMNS = ("item_id", *ITEM_FIELDS, *FILE_COLUMNS)
 
 
-def _scan_text(path: Path, name: str, folder: Path, advance: Advance) -> Scan:
+def _scan_text(path: Path, name: str, folder: Path, every_column: bool, advance: Advance) -> Scan:
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         lines = _CountedLines(stream, digest)
@@ -260,8 +262,8 @@ def _scan_text(path: Path, name: str, folder: Path, advance: Advance) -> Scan:
     return Scan(TextPart(path, name, folder, header, positions, len(ids)), ids, digest.hexdigest())
 
 
-def _scan_parquet(path: Path, name: str, folder: Path, advance: Advance) -> Scan:
-    part = ParquetPart(path, name, folder)
+def _scan_parquet(path: Path, name: str, folder: Path, every_column: bool, advance: Advance) -> Scan:
+    part = ParquetPart(path, name, folder, every_column)
     ids = array("Q")
     with _open_parquet(path) as file:
         for batch in file.iter_batches(65536, columns=["item_id"], use_threads=False):
@@ -269,7 +271,7 @@ def _scan_parquet(path: Path, name: str, folder: Path, advance: Advance) -> Scan
     return Scan(part, ids, _file_digest(path, advance))
 
 
-def _scan_dataset(source: str, split: str | None) -> list[Scan]:
+def _scan_dataset(source: str, split: str | None, every_column: bool) -> list[Scan]:
     splits = _splits_of(source, split)
     if split is not None and split not in splits:
         raise TableError(f"{source}: no split '{split}'; there are {', '.join(splits)}.")
@@ -277,7 +279,7 @@ def _scan_dataset(source: str, split: str | None) -> list[Scan]:
     for name, dataset in splits.items():
         if split in (None, name):
             _check_columns(f"{source}, split {name}", dataset.column_names)
-            columns = [column for column in dataset.column_names if column in _COLUMNS]
+            columns = [column for column in dataset.column_names if every_column or column in _COLUMNS]
             dataset = dataset.select_columns(columns).with_format("arrow")
             ids, digest = array("Q"), hashlib.sha256()
             for batch in tqdm(dataset.iter(65536), desc=f"Reading ids of {name}", total=-(-len(dataset) // 65536)):
@@ -294,7 +296,7 @@ def _splits_of(source: str, split: str | None) -> dict[str, Any]:
 
     saved = Path(source).exists()
     try:
-        loaded = datasets.load_from_disk(source) if saved else datasets.load_dataset(source, split=split)
+        loaded = datasets.load_from_disk(source) if saved else datasets.load_dataset(*dataset_id(source), split=split)
     except (OSError, ValueError) as error:
         raise TableError(f"{source}: neither a file or folder nor a dataset that can be loaded ({error}).") from error
     if isinstance(loaded, dict):

@@ -54,6 +54,12 @@ def row_id(value: Any) -> str:
     return "" if value is None or value != value else str(value).strip()
 
 
+def dataset_id(source: str) -> tuple[str, str | None]:
+    """Id and config of a Hub dataset named `ORG/DATA` or `ORG/DATA:CONFIG`; None for the default config."""
+    name, _, config = source.partition(":")
+    return name, config or None
+
+
 def read_csv_rows(path: Path) -> Iterator[dict[str, Any] | BadRow | None]:
     """The rows of a CSV file with a header, one after another; None for an empty line, so that rows can be counted."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from modeling_notellm2.rows_notellm2 import BadRow, read_csv_rows, read_json_rows, row_id
+from modeling_notellm2.rows_notellm2 import BadRow, dataset_id, read_csv_rows, read_json_rows, row_id
 
 
 BLOCK = 10_000
@@ -144,8 +144,8 @@ def load_table(source: str, split: str = "train") -> tuple[LoadedTable, Rejects]
 
     Args:
         source: a .parquet, .jsonl or .csv file, a folder (an image folder with metadata, Parquet files, or one that
-            `save_to_disk` wrote), or a dataset id of the Hub.
-        split: which split of a folder or Hub dataset.
+            `save_to_disk` wrote), or a dataset of the Hub, ORG/DATA or ORG/DATA:CONFIG.
+        split: which split of a folder or Hub dataset. A config of the Hub that has a single split gives that.
 
     Raises:
         TableError: when `source` looks like a file and is none, is a file of another type, or has no readable row.
@@ -162,9 +162,19 @@ def load_table(source: str, split: str = "train") -> tuple[LoadedTable, Rejects]
         raise TableError(f"{source}: a table is a .parquet, .jsonl or .csv file, a folder, or a Hub dataset id.")
     elif (path / "state.json").exists():
         rows = datasets.load_from_disk(source)
-    else:
+    elif path.exists():
         rows = datasets.load_dataset(source, split=split)
+    else:
+        rows = _load_from_hub(source, split)
     return LoadedTable(source, rows, np.arange(len(rows))), Rejects()
+
+
+def _load_from_hub(source: str, split: str) -> datasets.Dataset:
+    name, config = dataset_id(source)
+    if config is not None:
+        splits = datasets.get_dataset_split_names(name, config)
+        split = splits[0] if len(splits) == 1 else split
+    return datasets.load_dataset(name, config, split=split)
 
 
 def _load_streamed(

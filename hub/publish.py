@@ -1,0 +1,129 @@
+"""Publishes a model, an adapter, a data set or the demo app on the Hub, in one commit.
+
+    python hub/publish.py --model DIR --repo ORG/NAME [--dry_run] [--private] [--revision BRANCH | --create_pr]
+    python hub/publish.py --model ADAPTER --base ORG/BASE --repo ORG/NAME
+    python hub/publish.py --dataset --items ITEMS --pairs PAIRS [--test_pairs PAIRS] --repo ORG/DATA
+    python hub/publish.py --space --model ORG/NAME --index INDEX --items ITEMS --repo ORG/APP
+
+Before anything is sent, a model is loaded in a process of its own and every file is looked at; what must not be published
+(pickles, secrets, paths of this machine, training state) is refused with all reasons at once. Log in with `hf auth login`.
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from rich.console import Console
+from rich.table import Table
+from transformers import HfArgumentParser
+
+from hub.dataset_publishing import DataDetails, prepare_dataset
+from hub.publish_checks import RefusedError
+from hub.publish_model import ModelDetails, prepare_model
+from hub.publishing import Destination, Publication, listing, push
+from hub.space import SpaceDetails, prepare_space
+
+
+@dataclass
+class PublishArguments:
+    """What to publish, where, and how."""
+
+    repo: str = field(metadata={"help": "ORG/NAME on the Hub; made if it isn't there."})
+    model: str | None = field(default=None, metadata={"help": "Folder of a model or adapter; with --space a Hub id."})
+    base: str | None = field(default=None, metadata={"help": "Hub id of an adapter's base model."})
+    metrics: str | None = field(
+        default=None, metadata={"help": "metrics.json for the card; none: the one in the model's folder or beside it."}
+    )
+    dataset: bool = field(default=False, metadata={"help": "Publish item and pair tables as a data set."})
+    items: str | None = field(default=None, metadata={"help": "Item table, with --dataset and --space."})
+    pairs: str | None = field(default=None, metadata={"help": "Pair table to train on, with --dataset."})
+    test_pairs: str | None = field(default=None, metadata={"help": "Pair table to measure on, with --dataset."})
+    made_by: str | None = field(
+        default=None, metadata={"help": "How the data were made, a few sentences for the data set's card."}
+    )
+    rejects: str = field(
+        default="publish_rejects.jsonl", metadata={"help": "Where rows that can't be published are listed."}
+    )
+    space: bool = field(default=False, metadata={"help": "Publish the demo app as a Gradio Space."})
+    index: str | None = field(default=None, metadata={"help": "Index folder of hub/index.py, with --space."})
+    license: str | None = field(default=None, metadata={"help": "As the Hub names it, e.g. apache-2.0."})
+    languages: list[str] | None = field(default=None, metadata={"help": "Codes of the texts' languages, e.g. en zh."})
+    datasets: list[str] | None = field(default=None, metadata={"help": "Hub ids of the data a model was trained on."})
+    private: bool = field(default=False, metadata={"help": "Make the repository private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to, made if it isn't there."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request in place of a commit to main."})
+    commit_message: str = field(default=Destination.message, metadata={"help": "First line of the commit."})
+    dry_run: bool = field(default=False, metadata={"help": "Check, list what would go, and send nothing."})
+
+    def __post_init__(self) -> None:
+        if self.dataset and self.space:
+            raise ValueError("--dataset and --space are two publications: run the command once for each.")
+        wanted = ("items", "pairs") if self.dataset else ("model", "index", "items") if self.space else ("model",)
+        missing = [f"--{name}" for name in wanted if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"Missing: {', '.join(missing)}.")
+        if self.create_pr and self.revision:
+            raise ValueError("A pull request is made against main: leave out --revision or --create_pr.")
+
+
+def prepare(arguments: PublishArguments, staging: Path) -> Publication:
+    """What the arguments ask for, checked and put together in `staging`."""
+    if arguments.dataset:
+        assert arguments.items and arguments.pairs
+        data = DataDetails(arguments.repo, arguments.license, arguments.languages, arguments.made_by)
+        tables = {"train_pairs": arguments.pairs, "test_pairs": arguments.test_pairs}
+        return prepare_dataset(arguments.items, tables, staging, data, Path(arguments.rejects))
+    assert arguments.model
+    if arguments.space:
+        assert arguments.index and arguments.items
+        space = SpaceDetails(arguments.repo, arguments.model, arguments.index, arguments.items)
+        return prepare_space(space, staging, Path(arguments.rejects))
+    names = ("repo", "base", "metrics", "license", "languages", "datasets")
+    return prepare_model(
+        Path(arguments.model), staging, ModelDetails(**{name: getattr(arguments, name) for name in names})
+    )
+
+
+def publish(arguments: PublishArguments, console: Console) -> None:
+    """Prepares, lists, and sends unless it is a dry run."""
+    destination = Destination(
+        arguments.repo, arguments.private, arguments.revision, arguments.create_pr, arguments.commit_message
+    )
+    with tempfile.TemporaryDirectory() as staging:
+        publication = prepare(arguments, Path(staging))
+        console.print(listing(publication, destination))
+        if arguments.dry_run:
+            console.print("Dry run: nothing was sent.")
+            return
+        commit = push(publication, destination)
+    console.print(f"Published: {commit.pr_url or commit.commit_url}", soft_wrap=True)
+
+
+def show_refusal(error: RefusedError, console: Console) -> None:
+    """All faults in a table."""
+    table = Table(title="Refused; nothing was sent", show_lines=True)
+    for column in ("file", "what", "what to do"):
+        table.add_column(column, overflow="fold")
+    for fault in error.faults:
+        table.add_row(fault.file, fault.what, fault.remedy)
+    console.print(table)
+
+
+def main() -> int:
+    """Entry point; a mistake in the options or files ends with its message alone."""
+    try:
+        arguments = HfArgumentParser(PublishArguments).parse_args_into_dataclasses()[0]
+        publish(arguments, Console())
+    except RefusedError as error:
+        show_refusal(error, Console(stderr=True))
+        return 1
+    except (HFValidationError, ValueError, OSError) as error:
+        print(f"hub/publish.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

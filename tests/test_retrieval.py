@@ -70,7 +70,7 @@ def test_precision_equals_a_full_sort(k):
     scores.fill_diagonal_(-9)
     naive = [labels[j] == labels[i] for i in range(60) for j in scores[i].argsort(descending=True)[:k].tolist()]
 
-    assert precision_at_k(embeddings, labels, k, tile=16) == pytest.approx(sum(naive) / len(naive))
+    assert precision_at_k(embeddings, labels, k) == pytest.approx(sum(naive) / len(naive))
     same = sum(labels[i] == labels[j] for i in range(60) for j in range(60) if i != j)
     assert expected_precision(labels) == pytest.approx(same / (60 * 59))
 

@@ -31,8 +31,9 @@ TAGS = ["notellm2", "sentence-transformers", "multimodal", "item-to-item", "reco
 """`custom_code` and both libraries: AutoModel reads the folder (so the Hub's `library_name`), sentence-transformers too."""
 
 SETTINGS = {
-    "max_steps": "steps at most",
-    "num_train_epochs": "epochs, unless steps are given",
+    "steps": "steps",
+    "trained_parameters": "parameters trained",
+    "all_parameters": "parameters of the whole model",
     "per_device_train_batch_size": "pairs in a batch, of each device",
     "gradient_accumulation_steps": "batches in a step",
     "learning_rate": "learning rate of the language model",
@@ -49,7 +50,7 @@ SETTINGS = {
     "bf16": "bfloat16",
     "seed": "seed",
 }
-"""Of metrics.json's settings those that say how it was trained. Never the others: they hold paths of a machine."""
+"""Of metrics.json's counts and settings those that say how it was trained. Never the others: they hold paths of a machine."""
 
 COUNTS = {
     "items": "items",
@@ -146,7 +147,7 @@ def write_card(
         protocol=protocol(measured),
         plots=copy_plots(plots, folder),
         data=rows_of(measured.get("counts", {}), COUNTS),
-        training=rows_of(measured.get("settings", {}), SETTINGS),
+        training=rows_of({**measured.get("settings", {}), **measured.get("counts", {})}, SETTINGS),
         limits=limits(model, measured, license),
         marker=MARKER,
     )
@@ -178,7 +179,7 @@ def rows_of(values: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[s
     return [
         (shown, f"{value:,}" if isinstance(value, int) and value is not True else _one_line(value))
         for shown, value in kept
-        if value is not None and value is not False and value != [] and value != -1
+        if value is not None and value is not False and value != [] and not (isinstance(value, float) and value == 0)
     ]
 
 

@@ -1,7 +1,7 @@
 """What a card says about quality: a table and sentences, each derived from the figures of metrics.json.
 
 A difference is called one only where it exceeds twice its standard error, that of two independent shares over the run's
-number of queries: a little too careful, as both are measured on the same queries.
+number of queries (of precision: items): a little too careful, as both are measured on the same queries.
 """
 
 import json
@@ -99,7 +99,9 @@ def findings(metrics: Metrics) -> list[str]:
     if before is not None:
         found.append(f"Training: {compare.sentence('trained', trained, 'untrained', before)}.")
     found += _modalities(after, metrics.get("random", {}).get(f"random/{HEADLINE}"), compare)
-    found += _baselines(metrics.get("baselines", {}), after, compare)
+    items = _Comparison(metrics.get("counts", {}).get("eval_items", queries))
+    for metric in METRICS:
+        found += _baselines(metric, metrics.get("baselines", {}), after, items if "precision" in metric else compare)
     return found
 
 
@@ -136,17 +138,15 @@ def _modalities(after: Metrics, chance: float | None, compare: "_Comparison") ->
     return found
 
 
-def _baselines(baselines: Metrics, after: Metrics, compare: "_Comparison") -> list[str]:
-    """The best baseline at each figure, and whether the model passes it."""
-    found = []
-    for metric in METRICS:
-        own = after.get(f"both/{metric}")
-        figures = {key.rsplit("/", 1)[0]: value for key, value in baselines.items() if key.endswith(f"/{metric}")}
-        if own is not None and figures:
-            best = max(figures, key=lambda name: figures[name])
-            text = compare.sentence("the model", own, f"the best baseline ({best})", figures[best])
-            found.append(f"{metric} against baselines: {text}.")
-    return found
+def _baselines(metric: str, baselines: Metrics, after: Metrics, compare: "_Comparison") -> list[str]:
+    """Whether the model passes the best baseline at a figure."""
+    own = after.get(f"both/{metric}")
+    figures = {key.rsplit("/", 1)[0]: value for key, value in baselines.items() if key.endswith(f"/{metric}")}
+    if own is None or not figures:
+        return []
+    best = max(figures, key=lambda name: figures[name])
+    text = compare.sentence("the model", own, f"the best baseline, {best}", figures[best])
+    return [f"{metric} against baselines: {text}."]
 
 
 class _Comparison:

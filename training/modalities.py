@@ -1,10 +1,10 @@
-"""Measuring a model on unseen items: retrieval with both modalities, with the image alone and with the text alone.
+"""Items as a model sees them with both modalities, with the image alone and with the text alone, and metrics of each.
 
 Recall follows the published protocol (`training.retrieval`). Each modality is measured over the items that have it; the
 visual embeddings of a model with mICL are measured too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,40 @@ class _Without(Sequence[Item]):
         return {key: item[key] for key in self.fields if key in item}
 
 
+@dataclass(frozen=True)
+class View:
+    """The embeddings of the items that have a modality: "both", "image", "text", or "visual" (see `embed`).
+
+    Attributes:
+        positions: (n) of these items in their table.
+        embeddings: (n, d) float32, unit length, on the CPU.
+    """
+
+    name: str
+    positions: list[int]
+    embeddings: Tensor
+
+
+def views(
+    model: Any,
+    collate: Callable[[Sequence[Item]], dict[str, Tensor]],
+    items: ItemTable,
+    pairs: Pairs,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> Iterator[View]:
+    """Embed the items once for each modality that has a pair to measure, and hand out one after another."""
+    present = items.fields_present()
+    for name, fields in MODALITIES.items():
+        positions = np.flatnonzero(np.any([present[field] for field in fields if field in present], axis=0)).tolist()
+        if not _has_pair(positions, items, pairs):
+            continue
+        embedded = embed(model, _Without(items, positions, fields), collate, batch_size, name, num_workers)
+        yield View(name, positions, embedded.embeddings)
+        if name == "image" and embedded.visual_embeddings is not None:
+            yield View("visual", positions, embedded.visual_embeddings)
+
+
 def evaluate(
     model: Any,
     collate: Callable[[Sequence[Item]], dict[str, Tensor]],
@@ -130,15 +164,8 @@ def evaluate(
         A flat dict such as `{"both/recall@10": 0.4, "both/precision@10": 0.3, "visual/recall@10": ...}`.
     """
     metrics: dict[str, float] = {}
-    present = items.fields_present()
-    for name, fields in MODALITIES.items():
-        positions = np.flatnonzero(np.any([present[field] for field in fields if field in present], axis=0)).tolist()
-        if not _has_pair(positions, items, pairs):
-            continue
-        embedded = embed(model, _Without(items, positions, fields), collate, batch_size, name, num_workers)
-        metrics |= measure(name, embedded.embeddings, positions, items, pairs, labels)
-        if name == "image" and embedded.visual_embeddings is not None:
-            metrics |= measure("visual", embedded.visual_embeddings, positions, items, pairs, labels)
+    for view in views(model, collate, items, pairs, batch_size, num_workers):
+        metrics |= measure(view.name, view.embeddings, view.positions, items, pairs, labels)
     return metrics
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from training.adapters import load_trainable
 from training.arguments import ModelArguments, parse
+from training.batches import ItemCollator, PairCollator, PairDataset
 from training.checkpoints import checkpoint_to_resume, newest_checkpoint, publish_checkpoint
-from training.run import run
+from training.modalities import evaluate_in_training
+from training.run import load_data, run
+from training.trainer import NoteLLM2Trainer
 
 from .conftest import QFORMER, make_model
 
@@ -217,6 +222,41 @@ def test_the_best_model_is_kept_by_its_retrieval_metric(options, coloured_tables
     assert all("eval_visual_recall@10" in line for line in report["log"] if "eval_recall@10" in line)
     assert report["after"]["both/recall@10"] == max(measured.values())
     assert not (tmp_path / "run" / ".unfinished").exists()
+
+
+@pytest.mark.slow
+def test_hyperparameters_are_searched_on_a_retrieval_metric(options, coloured_tables):
+    """Each trial trains a fresh model, and the best is the one whose recall was highest."""
+    model, tables, arguments = parse(
+        options(eval_pairs=coloured_tables / "test.jsonl", eval_split="test", eval_strategy="steps", eval_steps=6)
+    )
+    data, processor = load_data(tables, 0), AutoProcessor.from_pretrained(model.model)
+    collate = ItemCollator(processor, None)
+    trainer = NoteLLM2Trainer(
+        model_init=lambda: load_trainable(model),
+        args=arguments,
+        train_dataset=PairDataset(data.items, data.train),
+        data_collator=PairCollator(collate),
+        eval_dataset=data.eval_items,
+        measure=partial(evaluate_in_training, collate=collate, items=data.eval_items, pairs=data.eval_pairs),
+    )
+    seen, models = [], []
+
+    def objective(metrics):
+        seen.append(metrics["eval_recall@10"])
+        models.append(trainer.model)
+        return seen[-1]
+
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)},
+        compute_objective=objective,
+        n_trials=2,
+        direction="maximize",
+        backend="optuna",
+    )
+    assert best.objective == max(seen)
+    assert len(seen) == 2 and models[0] is not models[1]
+    assert trainer.monitor.model is models[1]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_items(options, tiny_model_folder, tmp_path):

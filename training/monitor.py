@@ -13,10 +13,7 @@ from training.losses import Entries, PairLossOutput
 
 
 class TrainingMonitor:
-    """Collects figures between two lines of the log.
-
-    Args:
-        model: the NoteLLM-2 model; its gate and reduction are watched from now on, in training mode only.
+    """Collects figures between two lines of the log, about the model that it was told to `watch` last.
 
     Figures:
         multimodal_loss, visual_loss, in_batch_recall: means over the steps, of the joined batch of all processes.
@@ -28,12 +25,18 @@ class TrainingMonitor:
         data_wait: share of the time in which training waited for a batch.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self) -> None:
+        self.model: Any = None
         self.sums: dict[str, list[Tensor]] = defaultdict(list)
         self.items = 0
         self.waited = 0.0
         self.since = time.monotonic()
+
+    def watch(self, model: nn.Module) -> None:
+        """Look at this NoteLLM-2 model's gate and reduction from now on, in training mode only."""
+        if model is self.model:
+            return
+        self.model = model
         if model.late_fusion is not None:
             model.late_fusion.gate.register_forward_hook(self._watch_gate)
         if model.reduction is not None:

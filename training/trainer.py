@@ -33,7 +33,8 @@ class NoteLLM2Trainer(Trainer):
         negatives: finds the entries of a joined batch that are no negatives (`training.negatives.FalseNegatives`).
         lengths: (items,) length of each item, for `train_sampling_strategy: group_by_length`.
         measure: embeds and measures the evaluation items with the model it is given; a flat dict of metrics.
-        arguments: those of `Trainer`; `data_collator` is a `PairCollator`.
+        arguments: those of `Trainer`; `data_collator` is a `PairCollator`. With `model_init` in place of `model`,
+            `hyperparameter_search` trains a fresh model for each trial and reads `evaluate`'s metrics.
 
     Raises:
         ValueError: when several GPUs would share one process, which would tear pairs apart, and for `chunk_size` with
@@ -53,11 +54,12 @@ class NoteLLM2Trainer(Trainer):
         measure: Callable[[nn.Module], dict[str, float]] | None = None,
         **arguments: Any,
     ):
+        self.monitor = TrainingMonitor()  # first: a `model_init` is called while Trainer's own __init__ runs
         super().__init__(train_dataset=train_dataset, **arguments)
         self._check_engine()
         base = base_of(self.model)
         self.lengths, self.measure = lengths, measure
-        self.monitor = TrainingMonitor(base)
+        self.monitor.watch(base)
         self.pair_loss = PairLoss(
             multimodal_weight=base.config.multimodal_loss_weight,
             visual_weight=base.config.visual_loss_weight,
@@ -74,6 +76,12 @@ class NoteLLM2Trainer(Trainer):
             )
         if self.args.chunk_size and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("chunk_size works on one process or with DDP; with DeepSpeed and FSDP leave it at 0.")
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model, as for each trial of a search; the log is about it from now on."""
+        model = super().call_model_init(trial)
+        self.monitor.watch(base_of(model))
+        return model
 
     def compute_loss(
         self,

@@ -105,11 +105,11 @@ class VisionCache:
         """(width,) float32: the mean summary feature of an item's images; zeros without one.
 
         Raises:
-            KeyError: when one of them is not stored.
+            ValueError: when one of them is not stored.
         """
         stored = [self.find(content_key(read_encoded(source))) for source in image_sources(item.get("image"))]
         if None in stored:
-            raise KeyError(
+            raise ValueError(
                 f"item_id {item.get('item_id')!r}: its image is not in {self.folder}; raise vision_cache_gb."
             )
         if not stored:

@@ -31,3 +31,314 @@ Slices are of the published protocol's queries, "group" being e.g. "query text l
 "neighbours": [{"item_id": str, "score": float}]} with the five nearest candidates, nearest first. Scores are cosines.
 `difference` is this model's value minus the other's; p_value is of a sign-flip permutation test over queries.
 """
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoProcessor, HfArgumentParser
+
+from training.batches import ItemCollator
+from training.data import ItemTable, TableError, load_items, load_pairs
+from training.evaluation_plots import draw_plots
+from training.evaluation_tables import as_markdown, show
+from training.metrics import (
+    Bootstrap,
+    PerQuery,
+    compare,
+    intervals,
+    multi_positive_metrics,
+    published_metrics,
+    rank_percentiles,
+)
+from training.modalities import NEIGHBOURS, Pairs, View, views
+from training.retrieval import (
+    RetrievalResult,
+    expected_precision,
+    nearest,
+    precisions_at_k,
+    rank_all_targets,
+    rank_targets,
+)
+from training.slices import ItemFacts, count_in_pairs, item_facts, measure_slices, query_slices
+from training.tables import write_rejects
+
+
+@dataclass
+class MeasureOptions:
+    """What is measured, and how surely."""
+
+    ks: list[int] = field(default_factory=lambda: [1, 10, 100], metadata={"help": "Cut-offs of recall@k and nDCG@k."})
+    resamples: int = field(default=1000, metadata={"help": "Draws of the bootstrap, and of the permutation test."})
+    confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
+    seed: int = field(default=0, metadata={"help": "Of all draws."})
+    length_thresholds: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Most characters of a short text and of a medium one (two numbers); none: the quartiles of the "
+            "queries' and of the targets' texts."
+        },
+    )
+    top_categories: int = field(default=10, metadata={"help": "Categories with a slice of their own."})
+    examples: int = field(default=12, metadata={"help": "Best queries, and worst queries, that are listed."})
+    neighbours: int = field(default=5, metadata={"help": "Nearest candidates listed with each of them."})
+
+    def __post_init__(self) -> None:
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"ks are positive cut-offs; got {self.ks}.")
+        self.ks = sorted(set(self.ks))
+        self.bootstrap = Bootstrap(self.resamples, self.confidence, self.seed)
+
+
+@dataclass
+class EvaluateArguments:
+    """Which model is measured on which tables."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a NoteLLM-2 model with its processor."})
+    items: str = field(metadata={"help": "Item table."})
+    pairs: str = field(metadata={"help": "Pair table to measure on."})
+    output: str = field(metadata={"help": "Folder for evaluation.json, evaluation.md, plots and rejects.jsonl."})
+    compare: str | None = field(default=None, metadata={"help": "Another model, measured on the same queries."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Measure on items whose column `split` says this; none: on all."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the items with a category, for precision@10 and slices."}
+    )
+    train_pairs: str | None = field(
+        default=None, metadata={"help": "Pair table of the training, for slices by popularity and of unseen items."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Items embedded at once."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that open images."})
+    device: str | None = field(default=None, metadata={"help": "Where the model runs; none: a GPU if there is one."})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One view of the items, ranked.
+
+    Attributes:
+        report: its part of "metrics" in evaluation.json.
+        per_query: the values behind it, by protocol.
+        published: ranks by the published protocol.
+    """
+
+    report: dict[str, Any]
+    per_query: dict[str, PerQuery]
+    published: RetrievalResult
+
+
+def evaluate_model(
+    model: Any,
+    processor: Any,
+    items: ItemTable,
+    pairs: Pairs,
+    options: MeasureOptions | None = None,
+    *,
+    other: tuple[Any, Any] | None = None,
+    labels: Sequence[Any] | None = None,
+    popularity: np.ndarray | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    rejects: Path | None = None,
+) -> dict[str, Any]:
+    """Everything in evaluation.json but "settings", "plots" and the names of the models.
+
+    Args:
+        model, processor: as AutoModel and AutoProcessor load them; the model is left in the mode it was in.
+        items: all candidates.
+        pairs: (query id, target id).
+        other: another model and its processor, for the comparison.
+        labels: a category for each item.
+        popularity: (n,) integer, train pairs that each item is in (`training.slices.count_in_pairs`).
+        rejects: JSON lines file to which images that can't be read are added.
+
+    Raises:
+        ValueError: when no pair can be measured.
+    """
+    options = options or MeasureOptions()
+    facts = item_facts(items, processor.limits, popularity, labels)
+    collate = ItemCollator(processor, rejects=rejects)
+    report: dict[str, Any] = {"metrics": {}, "slices": [], "examples": None, "comparison": None}
+    per_query: dict[str, dict[str, PerQuery]] = {}
+    for view in views(model, collate, items, pairs, batch_size, num_workers):
+        measured = measure_view(view, items, pairs, labels, options)
+        report["metrics"][view.name] = measured.report
+        report["slices"] += _slices(view, measured, facts, options)
+        report["examples"] = report["examples"] or _examples(view, measured, items, options)
+        per_query[view.name] = measured.per_query
+    if not per_query:
+        raise ValueError(f"None of {len(pairs)} pairs has two different items of the item table: nothing to measure.")
+    if other is not None:
+        collate = ItemCollator(other[1], rejects=rejects)
+        report["comparison"] = {
+            view.name: _compared(per_query[view.name], measure_view(view, items, pairs, labels, options), options)
+            for view in views(other[0], collate, items, pairs, batch_size, num_workers)
+            if view.name in per_query
+        }
+    return report
+
+
+def measure_view(
+    view: View, items: ItemTable, pairs: Pairs, labels: Sequence[Any] | None, options: MeasureOptions
+) -> Measured:
+    """Both protocols, and precision where there are labels, over the items of a view."""
+    ids = [items.item_ids[position] for position in view.positions]
+    published = rank_targets(view.embeddings, ids, pairs)
+    everything = rank_all_targets(view.embeddings, ids, pairs)
+    per_query = {
+        "published": published_metrics(published, options.ks),
+        "multi_positive": multi_positive_metrics(everything, options.ks),
+    }
+    report: dict[str, Any] = {
+        protocol: {
+            "queries": len(result.queries),
+            "candidates": result.pool_size,
+            "unknown_pairs": result.unknown_pairs,
+            "repeated_pairs": result.repeated_pairs,
+            "metrics": intervals(per_query[protocol], options.bootstrap),
+            "rank_percentiles": rank_percentiles(result.ranks.numpy()),
+        }
+        for protocol, result in (("published", published), ("multi_positive", everything))
+    }
+    report["published"]["random"] = {f"recall@{k}": published.expected_recall(k) for k in options.ks}
+    report["multi_positive"]["targets"] = len(everything.targets)
+    report["labels"] = _precision(view, labels, options)
+    return Measured(report, per_query, published)
+
+
+def _precision(view: View, labels: Sequence[Any] | None, options: MeasureOptions) -> dict[str, Any] | None:
+    """Share of the nearest items with the same label."""
+    if labels is None or len(view.positions) <= NEIGHBOURS:
+        return None
+    name = f"precision@{NEIGHBOURS}"
+    chosen = [labels[position] for position in view.positions]
+    values = precisions_at_k(view.embeddings, chosen, NEIGHBOURS).numpy()
+    return {
+        "items": len(chosen),
+        "metrics": intervals({name: values}, options.bootstrap),
+        "random": {name: expected_precision(chosen)},
+    }
+
+
+def _slices(view: View, measured: Measured, facts: ItemFacts, options: MeasureOptions) -> list[dict[str, Any]]:
+    positions = np.asarray(view.positions)
+    queries, targets = positions[measured.published.queries], positions[measured.published.targets]
+    slices = query_slices(facts, queries, targets, options.length_thresholds, options.top_categories)
+    rows = measure_slices(slices, measured.published.ranks.numpy(), options.ks, options.bootstrap)
+    return [{"embedding": view.name, **row} for row in rows]
+
+
+def _compared(ours: dict[str, PerQuery], other: Measured, options: MeasureOptions) -> dict[str, Any]:
+    return {
+        protocol: compare(values, other.per_query[protocol], options.bootstrap) for protocol, values in ours.items()
+    }
+
+
+def _examples(view: View, measured: Measured, items: ItemTable, options: MeasureOptions) -> dict[str, Any]:
+    """The queries whose targets rank best (of equal ranks, the most similar) and worst, with their neighbours."""
+    result = measured.published
+    scores = (view.embeddings[result.queries].double() * view.embeddings[result.targets].double()).sum(1)
+    order = np.lexsort((-scores.numpy(), result.ranks.numpy()))
+    best = order[: options.examples]
+    worst = order[len(best) :][-options.examples :][::-1] if options.examples else order[:0]
+    in_pool = torch.ones(len(view.embeddings), dtype=torch.bool)
+    in_pool[result.queries] = False
+    pool = in_pool.nonzero().flatten()
+
+    def ids(rows: torch.Tensor) -> list[str]:
+        return [items.item_ids[view.positions[row]] for row in rows.tolist()]
+
+    def described(chosen: np.ndarray) -> list[dict[str, Any]]:
+        picked = torch.from_numpy(chosen.copy())
+        near, rows = nearest(view.embeddings, result.queries[picked], pool, options.neighbours)
+        columns = (ids(result.queries[picked]), ids(result.targets[picked]), picked.tolist(), near.tolist(), rows)
+        return [
+            {
+                "query_id": query,
+                "target_id": target,
+                "rank": int(result.ranks[number]),
+                "score": float(scores[number]),
+                "neighbours": [
+                    {"item_id": item_id, "score": score} for item_id, score in zip(ids(row), close, strict=True)
+                ],
+            }
+            for query, target, number, close, row in zip(*columns, strict=True)
+        ]
+
+    return {"embedding": view.name, "best": described(best), "worst": described(worst)}
+
+
+def run(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]:
+    """The whole job; returns what evaluation.json holds."""
+    output = Path(arguments.output)
+    items, rejects = load_items(arguments.items, num_workers=arguments.num_workers)
+    if arguments.eval_split is not None:
+        items = items.select(items.where("split", arguments.eval_split))
+        if not len(items):
+            raise TableError(f"{arguments.items}: no item whose column 'split' says '{arguments.eval_split}'.")
+    table, rejected = load_pairs(arguments.pairs, items)
+    rejects += rejected
+    pairs = [(items.item_ids[query], items.item_ids[target]) for query, target in table.pairs.tolist()]
+    labels = items.column(arguments.label_column) if arguments.label_column else None
+    popularity = count_in_pairs(arguments.train_pairs, items) if arguments.train_pairs else None
+    write_rejects(rejects, output / "rejects.jsonl")
+
+    found = evaluate_model(
+        *_load(arguments.model, arguments.device),
+        items,
+        pairs,
+        options,
+        other=_load(arguments.compare, arguments.device) if arguments.compare else None,
+        labels=labels,
+        popularity=popularity,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+        rejects=output / "rejects.jsonl",
+    )
+    with (output / "rejects.jsonl").open(encoding="utf-8") as lines:
+        counts = {"items": len(items), "pairs": len(pairs), "rejected_rows": sum(1 for _ in lines)}
+    report = {
+        "model": arguments.model,
+        "compared_with": arguments.compare,
+        "settings": {**asdict(arguments), **asdict(options)},
+        "counts": counts,
+        **found,
+    }
+    report["plots"] = draw_plots(report, output / "plots")
+    _write(output / "evaluation.md", as_markdown(report))
+    _write(output / "evaluation.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    show(report, output)
+    return report
+
+
+def _load(name: str, device: str | None) -> tuple[Any, Any]:
+    """Model, in eval mode, and processor."""
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModel.from_pretrained(name, trust_remote_code=True).to(place).eval()
+    return model, AutoProcessor.from_pretrained(name, trust_remote_code=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Written beside, then renamed."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def main() -> None:
+    """Entry point; a mistake in tables or options ends with its message alone."""
+    try:
+        arguments, options = HfArgumentParser((EvaluateArguments, MeasureOptions)).parse_args_into_dataclasses()
+        run(arguments, options)
+    except (TableError, ValueError) as error:
+        raise SystemExit(f"training/evaluate.py: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -67,9 +67,11 @@ SECRETS = {
 SECRET_PATTERNS = {name: re.compile(pattern.encode()) for name, pattern in SECRETS.items()}
 
 ROOTS = "home|Users|root|tmp|mnt|data|workspace|scratch|opt|var|srv|media|private|content|gpfs|lustre"
+START = r"(?:(?<![\w./:~<)-])|(?<=file://))"
+"""Before an absolute path: nothing that makes it the rest of an address or of a relative path."""
+REST = r"/[\w.~-]+(?:/[\w.~-]+)*"
 LOCAL_PATH = re.compile(
-    rf"(?:(?<![\w./:~<)-])|(?<=file://))/(?:{ROOTS})/[\w.~-]+(?:/[\w.~-]+)*".encode()
-    + rb"|(?<![\w])[A-Za-z]:\\{1,2}(?:Users|Documents|data|temp|tmp)\\[\w.~\\-]+"
+    rf"{START}/(?:{ROOTS}){REST}".encode() + rb"|(?<![\w])[A-Za-z]:\\{1,2}(?:Users|Documents|data|temp|tmp)\\[\w.~\\-]+"
 )
 VOCABULARIES = {"tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"}
 """Lists of tokens, among which pieces of any text occur: only this machine's own folders are looked for in them."""
@@ -123,7 +125,7 @@ def own_folders(folder: Path | None) -> re.Pattern[bytes]:
     """Matches this machine's folders: home, working folder, temporary folder, and the one that is published."""
     places = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), *([folder.resolve()] if folder else [])}
     names = sorted({str(place) for place in places if len(place.parts) > 1}, key=len, reverse=True)
-    return re.compile(rb"(?:" + b"|".join(re.escape(name.encode()) for name in names) + rb")/[\w.~-]+(?:/[\w.~-]+)*")
+    return re.compile(f"{START}(?:{'|'.join(map(re.escape, names))}){REST}".encode())
 
 
 def _state_faults(name: str) -> Iterator[Fault]:

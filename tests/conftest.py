@@ -6,6 +6,7 @@ import multiprocessing
 from pathlib import Path
 
 import datasets
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from hub.encode import encode
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
 from tests.catalogue import arguments, make_items, messy_rows, png, write_items
+from tests.hub_server import HubServer
 
 
 QFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -170,3 +172,24 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hub.encode", "tests.catalogue"])
     return context
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A stand-in for the Hub."""
+    with HubServer(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture
+def at_hub(hub, tmp_path, monkeypatch):
+    """This process and those that it starts take the stand-in for the Hub, with an empty cache."""
+    for name, value in {**hub.environment, "HF_HOME": str(tmp_path / "home")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    constants = {"ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}
+    for name, value in constants.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.chdir(tmp_path)
+    hub.log.clear()
+    return hub

@@ -44,6 +44,7 @@ ROWS = 500
 """Rows written at once."""
 SHARD_BYTES = 400 * 2**20
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+PAIR_IDS = ("query_id", "target_id")
 ITEM_COLUMNS = {"item_id", *ITEM_FIELDS, "file_name", "image_file_name"}
 Row = dict[str, Any]
 
@@ -206,17 +207,30 @@ def write_pairs(source: str, config: str, staging: Path, listed: RejectsFile, it
         for number, raw in enumerate(tqdm(read_pairs(source), desc=config, unit="pair")):
             if raw is None:
                 continue
-            ids = [] if isinstance(raw, BadRow) else [row_id(raw.get(name)) for name in ("query_id", "target_id")]
-            unknown = [one for one in ids if one not in item_ids]
-            if isinstance(raw, BadRow) or unknown:
-                reason = raw.reason if isinstance(raw, BadRow) else f"no published item {', '.join(map(repr, unknown))}"
-                listed.add(source, number, ids, reason)
+            try:
+                yield published_pair(raw, item_ids)
+            except ValueError as error:
+                ids = [] if isinstance(raw, BadRow) else [row_id(raw.get(name)) for name in PAIR_IDS]
+                listed.add(source, number, ids, str(error))
                 written.rejects += 1
-            else:
-                yield {**raw, "query_id": ids[0], "target_id": ids[1]}
 
     write_table(usable(), pair_features(source), config, staging, written)
     return written
+
+
+def published_pair(raw: Row | BadRow, item_ids: set[str]) -> Row:
+    """A pair with its ids as text and its score as a number.
+
+    Raises:
+        ValueError: for a row that can't be read, names an item that isn't published, or has a score that is no number.
+    """
+    if isinstance(raw, BadRow):
+        raise ValueError(raw.reason)
+    ids = {name: row_id(raw.get(name)) for name in PAIR_IDS}
+    if unknown := [one for one in ids.values() if one not in item_ids]:
+        raise ValueError(f"no published item {', '.join(map(repr, unknown))}")
+    score = {"score": None if raw["score"] in (None, "") else float(raw["score"])} if "score" in raw else {}
+    return {**raw, **ids, **score}
 
 
 def read_pairs(source: str) -> Iterator[Row | BadRow | None]:
@@ -246,12 +260,12 @@ def pair_features(source: str) -> datasets.Features:
     else:
         names = {name: None for row in read_pairs(source) if isinstance(row, dict) for name in row}
         others = dict.fromkeys(names, pa.string())
-    if missing := {"query_id", "target_id"} - set(others):
+    if missing := set(PAIR_IDS) - set(others):
         raise ValueError(
             f"{source}: a pair table needs query_id and target_id; {', '.join(sorted(missing))} is missing."
         )
     numbers = {"score": pa.float64()} if "score" in others else {}
-    text = {"query_id": pa.string(), "target_id": pa.string()}
+    text = dict.fromkeys(PAIR_IDS, pa.string())
     return datasets.Features.from_arrow_schema(pa.schema({**text, **others, **text, **numbers}))
 
 
@@ -283,7 +297,7 @@ def write_table(
     """Parquet files `data/CONFIG-NNNNN.parquet`, a new one after some 400 MB."""
     schema = features.arrow_schema
     written.columns = {name: str(schema.field(name).type) for name in schema.names}
-    (staging / "data").mkdir(exist_ok=True)
+    (staging / "data").mkdir(parents=True, exist_ok=True)
     rows = iter(rows)
     for shard in range(100_000):
         path = staging / "data" / f"{config}-{shard:05d}.parquet"

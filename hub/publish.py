@@ -48,6 +48,9 @@ class PublishArguments:
     )
     space: bool = field(default=False, metadata={"help": "Publish the demo app as a Gradio Space."})
     index: str | None = field(default=None, metadata={"help": "Index folder of hub/index.py, with --space."})
+    visual_index: str | None = field(
+        default=None, metadata={"help": "Index of the visual embeddings, with --space; none: no weight to slide there."}
+    )
     license: str | None = field(default=None, metadata={"help": "As the Hub names it, e.g. apache-2.0."})
     languages: list[str] | None = field(default=None, metadata={"help": "Codes of the texts' languages, e.g. en zh."})
     datasets: list[str] | None = field(default=None, metadata={"help": "Hub ids of the data a model was trained on."})
@@ -78,7 +81,7 @@ def prepare(arguments: PublishArguments, staging: Path) -> Publication:
     assert arguments.model
     if arguments.space:
         assert arguments.index and arguments.items
-        space = SpaceDetails(arguments.repo, arguments.model, arguments.index, arguments.items)
+        space = SpaceDetails(arguments.repo, arguments.model, arguments.index, arguments.items, arguments.visual_index)
         return prepare_space(space, staging, Path(arguments.rejects))
     names = ("repo", "base", "metrics", "license", "languages", "datasets")
     return prepare_model(

@@ -4,6 +4,7 @@ Of this project only the files that `hub/app.py` imports go along.
 """
 
 import ast
+import json
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import yaml
 
 from hub.card_model import check_id, is_hub_id
 from hub.dataset_publishing import RejectsFile, write_items
+from hub.index import RECORD
 from hub.item_tables import open_items
-from hub.publish_checks import RefusedError, file_faults, folder_files
+from hub.publish_checks import RefusedError, file_faults
+from hub.publish_model import portable
 from hub.publishing import Publication
 
 
@@ -23,17 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("hub", "modeling_notellm2")
 EXTRA = "encode"
 """Optional dependencies of pyproject.toml that the app needs; Gradio comes with the Space."""
-START = '''"""Starts the app with this Space's model, index and items."""
-
-import sys
-
+START = """# Starts the app with this Space's model, indexes and items.
 from hub.app import main
 
-
 if __name__ == "__main__":
-    sys.argv[1:] = ["--model", "{model}", "--index", "index", "--items", "{items}"]
-    sys.exit(main())
-'''
+    main({options})
+"""
 README = """# Related items
 
 Pick an item or bring a picture and a text of your own, and see its neighbours by
@@ -48,7 +46,7 @@ class SpaceDetails:
     Attributes:
         repo: ORG/NAME of the Space.
         model: Hub id of the model.
-        index: folder that `hub/index.py` wrote.
+        index, visual_index: folders that `hub/index.py` wrote, the second with `--visual`; None: there is none.
         items: item table that was indexed; a file's or folder's items are put into the Space with their pictures, a Hub
             dataset is named.
     """
@@ -57,6 +55,7 @@ class SpaceDetails:
     model: str
     index: str
     items: str
+    visual_index: str | None = None
 
 
 def prepare_space(details: SpaceDetails, staging: Path, rejects: Path) -> Publication:
@@ -76,27 +75,40 @@ def prepare_space(details: SpaceDetails, staging: Path, rejects: Path) -> Public
             f"{details.model}: a Space loads its model from the Hub. Publish it first, and name it ORG/NAME."
         )
     check_id(details.repo)
-    index, faults = folder_files(Path(details.index)) if Path(details.index).is_dir() else ({}, [])
-    if not index:
-        raise ValueError(f"{details.index}: no index; pass a folder that hub/index.py wrote.")
-    files = {f"index/{name}": path for name, path in index.items()}
+    files, options = {}, {"model": details.model, "items": details.items, "host": "0.0.0.0"}
+    for name, folder in (("index", details.index), ("visual_index", details.visual_index)):
+        if folder is not None:
+            files |= index_files(Path(folder), name, staging)
+            options[name] = name
     files |= {path.relative_to(ROOT).as_posix(): path for path in code_files("hub.app")}
-    items = details.items
-    if Path(items).exists():
-        items = "items"
+    if Path(details.items).exists():
+        options["items"] = "items"
         with RejectsFile(rejects) as listed:
             write_items(open_items(details.items), staging / "items", listed, set())
         files |= {f"items/{path.name}": path for path in sorted((staging / "items" / "data").iterdir())}
-    for name, text in texts(details, items).items():
+    for name, text in texts(details, options).items():
         (staging / name).write_text(text, encoding="utf-8")
         files[name] = staging / name
-    faults += file_faults(files)
-    if faults:
+    if faults := file_faults(files):
         raise RefusedError(faults)
-    return Publication("space", files, ("index/*", "items/*"), sdk="gradio")
+    return Publication("space", files, ("index/*", "visual_index/*", "items/*"), sdk="gradio")
 
 
-def texts(details: SpaceDetails, items: str) -> dict[str, str]:
+def index_files(folder: Path, name: str, staging: Path) -> dict[str, Path]:
+    """Files of an index by their path in the Space; their JSON without paths of this machine.
+
+    Raises:
+        ValueError: for a folder that is no index.
+    """
+    if not (folder / RECORD).is_file():
+        raise ValueError(f"{folder}: no index; pass a folder that hub/index.py wrote.")
+    record = staging / name / RECORD
+    record.parent.mkdir()
+    record.write_text(json.dumps(portable(json.loads((folder / RECORD).read_text(encoding="utf-8")))), encoding="utf-8")
+    return {f"{name}/{path.name}": path for path in sorted(folder.iterdir())} | {f"{name}/{RECORD}": record}
+
+
+def texts(details: SpaceDetails, options: dict[str, str]) -> dict[str, str]:
     """The Space's own files: entry point, requirements and README with the settings that the Hub reads."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = [*project["dependencies"], *project["optional-dependencies"][EXTRA], "huggingface_hub"]
@@ -112,7 +124,7 @@ def texts(details: SpaceDetails, items: str) -> dict[str, str]:
     }
     head = yaml.safe_dump(settings, sort_keys=False)
     return {
-        "app.py": START.format(model=details.model, items=items),
+        "app.py": START.format(options=[part for name, value in options.items() for part in (f"--{name}", value)]),
         "requirements.txt": "\n".join(requirements) + "\n",
         "README.md": f"---\n{head}---\n\n{README.format(model=details.model)}",
     }
@@ -120,21 +132,17 @@ def texts(details: SpaceDetails, items: str) -> dict[str, str]:
 
 def code_files(module: str) -> list[Path]:
     """Files of this project that a module needs: those it imports, and theirs, with the templates they name."""
-    found: dict[Path, None] = {}
+    found: set[Path] = set()
     pending = [module]
     while pending:
-        path = ROOT.joinpath(*pending.pop().split(".")).with_suffix(".py")
-        path = path if path.is_file() else path.with_suffix("") / "__init__.py"
-        if path.is_file() and path not in found:
-            found[path] = None
-            found[path.with_name("__init__.py")] = None
-            pending += imports_of(path)
-            text = path.read_text(encoding="utf-8")
-            found |= {
-                other: None
-                for other in path.parent.iterdir()
-                if other.suffix in (".jinja", ".css") and other.name in text
-            }
+        name = pending.pop()
+        path = ROOT.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if not path.is_file() or path in found:
+            continue
+        text = path.read_text(encoding="utf-8")
+        found |= {path, *(other for other in path.parent.glob("*.jinja") if other.name in text)}
+        pending += [*imports_of(path), *([name.rpartition(".")[0]] if "." in name else [])]
     return sorted(found)
 
 

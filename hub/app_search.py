@@ -158,21 +158,34 @@ def open_search(
     """
     folder, table = find_model(model, None), open_items(items, split)
     if index is None:
-        index, visual_index = build_indexes(folder, table, items, split, cache, device)
-    opened = Index.load(index)
-    opened_visual = None if visual_index is None else Index.load(visual_index)
-    files = describe_model(folder)
-    for path, one, embedding in ((index, opened, "embedding"), (visual_index, opened_visual, "visual_embedding")):
-        if one is None:
-            continue
-        changed = [name for name, digest in files.items() if one.settings["model"]["files"].get(name, digest) != digest]
-        if changed:
-            raise ValueError(f"{path} was made with another model than {model}: {', '.join(changed)} differs.")
-        if one.settings["embedding"] != embedding:
-            raise ValueError(f"{path} holds {one.settings['embedding']}s; expected {embedding}s.")
+        places = build_indexes(folder, table, items, split, cache, device)
+    else:
+        places = index, visual_index
+        check_indexes(folder, {"embedding": index, "visual_embedding": visual_index})
+    opened, opened_visual = (None if place is None else Index.load(place) for place in places)
+    assert opened is not None
     encoder = ItemEncoder(str(folder), device=device, visual=opened_visual is not None)
     _ = encoder.processor, encoder.model  # loaded before the first query
     return ItemSearch(encoder, opened, opened_visual, table, positions_of_ids(opened.ids["item_id"], table))
+
+
+def check_indexes(model: Path, places: Mapping[str, str | None]) -> None:
+    """Refuses indexes of another model, or of other embeddings than those that `places` says.
+
+    Raises:
+        ValueError: naming the index and what differs.
+    """
+    files = describe_model(model)
+    for embedding, place in places.items():
+        if place is None:
+            continue
+        settings = Index.load(place).settings
+        made_with = settings["model"]["files"]
+        changed = [name for name, digest in files.items() if made_with.get(name, digest) != digest]
+        if changed:
+            raise ValueError(f"{place} was made with another model than {model}: {', '.join(changed)} differs.")
+        if settings["embedding"] != embedding:
+            raise ValueError(f"{place} holds {settings['embedding']}s; expected {embedding}s.")
 
 
 def build_indexes(

@@ -66,7 +66,9 @@ class CardArguments:
     """Which model's card, and what only its owner knows."""
 
     model: str = field(metadata={"help": "Folder of the model or adapter; gets README.md."})
-    metrics: str | None = field(default=None, metadata={"help": "metrics.json of its training."})
+    metrics: str | None = field(
+        default=None, metadata={"help": "metrics.json of its training, or evaluation.json of training/evaluate.py."}
+    )
     repo: str | None = field(default=None, metadata={"help": "ORG/NAME that the snippets load."})
     license: str | None = field(default=None, metadata={"help": "As the Hub names it, e.g. apache-2.0."})
     languages: list[str] | None = field(default=None, metadata={"help": "Codes of the texts' languages, e.g. en zh."})
@@ -94,7 +96,8 @@ def write_card(
 
     Args:
         model_folder: what `save_pretrained` wrote: a whole model, or an adapter.
-        metrics: metrics.json of `training/run.py`, or its content. None: the card says that nothing was measured.
+        metrics: metrics.json of `training/run.py` or evaluation.json of `training/evaluate.py`, or the content of one. None:
+            the card says that nothing was measured.
         repo_id: ORG/NAME that the snippets load. None: they load ".", the folder itself.
         license: identifier of the Hub, e.g. "apache-2.0".
         languages: ISO 639 codes of the texts.
@@ -198,7 +201,7 @@ def limits(model: DescribedModel, metrics: Mapping[str, Any], license: str | Non
     elif "train_pairs" in counts:
         found.append(
             f"Its figures hold for items like those it was trained on ({counts['train_pairs']:,} pairs) and measured on "
-            f"({counts.get('eval_items', 0):,} items). Other catalogues need their own measurement."
+            f"({counts['eval_items']:,} items). Other catalogues need their own measurement."
         )
     for part, name in (("image", "picture"), ("text", "text")):
         if metrics and not any(key.startswith(f"{part}/") for key in metrics["after"]):

@@ -27,10 +27,10 @@ Metrics = Mapping[str, Any]
 
 
 def read_metrics(metrics: str | Path | Metrics | None) -> dict[str, Any]:
-    """Content of metrics.json; empty for None.
+    """Content of metrics.json, also made of `training/evaluate.py`'s evaluation.json; empty for None.
 
     Raises:
-        ValueError: when it is not of the form that `training/run.py` writes, or holds a figure that is no share.
+        ValueError: when it is of neither form, or holds a figure that is no share.
     """
     if metrics is None:
         return {}
@@ -39,13 +39,36 @@ def read_metrics(metrics: str | Path | Metrics | None) -> dict[str, Any]:
     else:
         name = str(metrics)
         content = json.loads(Path(metrics).read_text(encoding="utf-8"))
+    if isinstance(content, dict) and isinstance(content.get("metrics"), dict):
+        content = _of_evaluation(content)
     if not isinstance(content, dict) or not isinstance(content.get("after"), dict):
-        raise ValueError(f"{name}: no figures under 'after'; pass the metrics.json that training/run.py wrote.")
+        raise ValueError(
+            f"{name}: no figures under 'after'; pass the metrics.json that training/run.py wrote, or an evaluation.json."
+        )
     for stage in STAGES:
         for key, value in content.get(stage, {}).items():
             if "/" in key and not (isinstance(value, int | float) and 0 <= value <= 1):
                 raise ValueError(f"{name}: {stage} {key} is {value!r}; expected a share between 0 and 1.")
     return content
+
+
+def _of_evaluation(evaluation: Metrics) -> dict[str, Any]:
+    """evaluation.json's figures of the published protocol in the form of metrics.json."""
+    after: dict[str, float] = {}
+    for name, protocols in evaluation["metrics"].items():
+        measured = [protocols["published"], *([protocols["labels"]] if protocols.get("labels") else [])]
+        for metric, interval in (pair for one in measured for pair in one["metrics"].items()):
+            after[f"{name}/{metric}"] = interval["value"]
+    whole = evaluation["metrics"].get("both", {})
+    chance = {**whole.get("published", {}).get("random", {}), **((whole.get("labels") or {}).get("random") or {})}
+    sizes = {key: whole["published"][key] for key in ("queries", "candidates")} if whole else {}
+    counts = evaluation.get("counts", {})
+    return {
+        "random": {f"random/{metric}": value for metric, value in chance.items()} | sizes,
+        "after": after,
+        "counts": {"eval_items": counts.get("items"), "eval_pairs": counts.get("pairs")},
+        "settings": {"label_column": evaluation.get("settings", {}).get("label_column")},
+    }
 
 
 def eval_results(metrics: Metrics, dataset: str | None, dataset_name: str) -> list[EvalResult]:

@@ -122,6 +122,32 @@ def test_nothing_is_claimed_without_figures(folder):
     assert "The text alone was not measured." in text and "Picture beside text" not in text
 
 
+def test_an_evaluation_is_read_too(folder, tmp_path):
+    """The form that training/evaluate.py documents."""
+
+    def published(value: float) -> dict:
+        interval = {"value": value, "low": value - 0.05, "high": value + 0.05}
+        return {"queries": 400, "candidates": 500, "metrics": {"recall@10": interval}, "random": {"recall@10": 0.02}}
+
+    labels = {"items": 900, "metrics": {"precision@10": {"value": 0.25, "low": 0.2, "high": 0.3}}, "random": {}}
+    parts = {"both": (0.6, labels), "image": (0.4, None), "text": (0.3, None)}
+    evaluation = {
+        "counts": {"items": 900, "pairs": 800, "rejected_rows": 0},
+        "settings": {"label_column": "shelf"},
+        "metrics": {name: {"published": published(value), "labels": label} for name, (value, label) in parts.items()},
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    path = write_card(folder, tmp_path / "evaluation.json")
+    found = {
+        f"{result.dataset_config}/{result.metric_type}": result.metric_value
+        for result in ModelCard.load(path).data.eval_results
+    }
+    assert found == {"both/recall@10": 0.6, "both/precision@10": 0.25, "image/recall@10": 0.4, "text/recall@10": 0.3}
+    text = path.read_text(encoding="utf-8")
+    assert "the picture adds to the text (0.600 with it, 0.300 without)" in text and "400 queries" in text
+    assert "the picture alone carries (0.400, chance 0.020)" in text and "## Training" not in text
+
+
 def test_settings_are_shown_and_paths_are_not(folder):
     text = write_card(folder, metrics(), "someone/tiny").read_text(encoding="utf-8")
     assert "| LoRA rank | 16 |" in text and "| steps | 80 |" in text and "| pairs trained on | 7,000 |" in text

@@ -83,6 +83,8 @@ def rank_percentiles(ranks: np.ndarray) -> dict[str, float]:
 def intervals(metrics: Mapping[str, np.ndarray], options: Bootstrap) -> dict[str, dict[str, float]]:
     """Mean of each metric with its percentile bootstrap interval: {"recall@10": {"value": .., "low": .., "high": ..}}.
 
+    Queries that all have one value give an interval of no width: of few queries it says little.
+
     Raises:
         ValueError: without a query.
     """

@@ -33,6 +33,10 @@ class PublishArguments:
     repo: str = field(metadata={"help": "ORG/NAME on the Hub; made if it isn't there."})
     model: str | None = field(default=None, metadata={"help": "Folder of a model or adapter; with --space a Hub id."})
     base: str | None = field(default=None, metadata={"help": "Hub id of an adapter's base model."})
+    base_models: list[str] | None = field(
+        default=None,
+        metadata={"help": "Hub ids of a model's backbones for the card; none: those that its config names."},
+    )
     metrics: str | None = field(
         default=None, metadata={"help": "metrics.json for the card; none: the one in the model's folder or beside it."}
     )
@@ -83,7 +87,7 @@ def prepare(arguments: PublishArguments, staging: Path) -> Publication:
         assert arguments.index and arguments.items
         space = SpaceDetails(arguments.repo, arguments.model, arguments.index, arguments.items, arguments.visual_index)
         return prepare_space(space, staging, Path(arguments.rejects))
-    names = ("repo", "base", "metrics", "license", "languages", "datasets")
+    names = ("repo", "base", "base_models", "metrics", "license", "languages", "datasets")
     return prepare_model(
         Path(arguments.model), staging, ModelDetails(**{name: getattr(arguments, name) for name in names})
     )

@@ -59,8 +59,8 @@ SECRETS = {
     "a Google API key": r"\bAIza[0-9A-Za-z_-]{35}\b",
     "a Slack token": r"\bxox[abprs]-[0-9A-Za-z-]{10,}\b",
     "a key or password": (
-        r"(?i)\b[\w-]*(?:api_?key|secret(?:_?key)?|access_?token|auth_?token|password|passwd)\b[\"']?\s*[:=]\s*"
-        r"[\"'][A-Za-z0-9+/=_-]{16,}[\"']"
+        r"(?im)\b[\w-]*(?:(?:api|access|private|secret)[_-]?key|secret|(?:access|auth)_?token|password|passwd)[\"']?\s*[:=]\s*"
+        r"(?:[\"'][A-Za-z0-9+/=_-]{16,}[\"']|(?=\S*\d)[A-Za-z0-9+/=_-]{16,}\s*$)"
     ),
     "a login in an address": r"\bhttps?://[^\s/:@\"']+:[^\s/:@\"']{4,}@",
 }

@@ -32,6 +32,7 @@ class ModelDetails:
     Attributes:
         repo: ORG/NAME, for the card's snippets.
         base: ORG/NAME of an adapter's base.
+        base_models: Hub ids of a model's backbones; None: those that its config names.
         metrics: metrics.json; None: the one in the folder or beside it, if any.
         license: of the weights, as the Hub names it.
         languages: ISO 639 codes.
@@ -40,6 +41,7 @@ class ModelDetails:
 
     repo: str
     base: str | None = None
+    base_models: Sequence[str] | None = None
     metrics: str | None = None
     license: str | None = None
     languages: Sequence[str] | None = None
@@ -112,7 +114,7 @@ def add_documents(folder: Path, staging: Path, details: ModelDetails, is_adapter
             license=details.license,
             languages=details.languages,
             datasets=details.datasets,
-            base_models=[details.base] if is_adapter and details.base else None,
+            base_models=[details.base] if is_adapter and details.base else details.base_models,
             replace=PEFT_CARD in text,
         )
 

@@ -22,6 +22,7 @@ SECRETS = {
     "key.txt": "-----BEGIN " + "OPENSSH PRIVATE KEY-----\nabc",
     "git.py": "ghp_" + "a1B2" * 9,
     "service.json": '{"api_key": "0123456789' + 'abcdef0123"}',
+    "cloud.env": "AWS_SECRET_ACCESS_KEY=abcdefgh" + "ijk0123456789\nx=1",
     "address.jinja": "https://me:" + "pass1234@example.org/x",
 }
 PATHS = {
@@ -35,7 +36,7 @@ PATHS = {
 FINE = {
     "README.md": "See https://example.org/home/page and docs/tmp/a; run `python hub/x.py --model models/base`. 3/4 of /all/",
     "tokenizer.json": '{"vocab": {"/home/user": 1, "hf_": 2, "password": 3, "api_key": 4}}',
-    "code.py": 'token = token or "auto"\nsecret = None\npassword: str | None = None',
+    "code.py": 'token = token or "auto"\nsecret = None\napi_key = load_the_key_of_version_2()\npassword: str | None = None',
 }
 
 

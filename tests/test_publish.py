@@ -62,7 +62,7 @@ found["newest weights, pinned code"] = embed(other, processor)
 encoder = SentenceTransformer(name, trust_remote_code=True, revision=good, device="cpu")
 found["sentence-transformers"] = encoder.encode(items, batch_size=2).tolist()
 
-model.push_to_hub("org/pushed")
+model.push_to_hub("org/pushed", max_shard_size="200KB")
 processor.push_to_hub("org/pushed")
 again = AutoModel.from_pretrained("org/pushed", trust_remote_code=True)
 found["pushed"] = embed(again, AutoProcessor.from_pretrained("org/pushed", trust_remote_code=True))
@@ -89,6 +89,11 @@ def test_what_is_published_loads_by_name_anywhere(hub, published, tiny_model_fol
         result = run_fresh(ROUND_TRIP, hub, tmp_path, "org/notellm2", published, newest)
     finally:
         hub.store.commit(repo, "refs/heads/main", "mended", files)
+
+    pushed = hub.repo("org/pushed").find("main").files
+    shards = [name for name in pushed if name.endswith(".safetensors")]
+    assert len(shards) > 1 and "model.safetensors.index.json" in pushed
+    assert set(pushed) - {*shards, "model.safetensors.index.json"} == set(files) - {"LICENSE", "model.safetensors"}
 
     expected = embeddings_of(tiny_model_folder, tmp_path / "picture.png")
     assert "trust_remote_code=True" in result["untrusted"]

@@ -18,11 +18,11 @@ left out, with the reason). `evaluate_model` gives the same content to Python ca
       "examples": {"embedding": EMBEDDING, "best": [EXAMPLE], "worst": [EXAMPLE]},
       "comparison": {EMBEDDING: {"published" | "multi_positive": {METRIC: {"value": float, "other": float,
                      "difference": float, "low": float, "high": float, "p_value": float}}}} | null,
-      "plots": {"recall": "plots/recall.png", "slices": "plots/slices.png", ...}
+      "plots": {"recall": "plots/recall.png", "ranks": ..., "slices_EMBEDDING": ..., "comparison": ...}
     }
 
 EMBEDDING: "both", "image", "text" (what the model is shown) and "visual" (the visual embedding of a model with mICL); one
-is missing where no pair has what it needs. PROTOCOL "published": each kept pair's target among all items that are no
+is missing where no pair has what it needs. Protocol "published": each kept pair's target among all items that are no
 query; "multi_positive": all known targets of a query among all items but itself (`training.retrieval`).
 METRIC: "recall@k", "ndcg@k", "mrr", and "hit_rate@k" (multi-positive). INTERVAL: {"value": float, "low": float,
 "high": float}, a bootstrap interval over queries. rank_percentiles: e.g. "90": nine of ten targets rank there or better.

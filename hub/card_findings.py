@@ -103,6 +103,7 @@ def results_table(metrics: Metrics) -> dict[str, Any] | None:
     rows = []
     for stage, label in STAGES.items():
         figures = metrics.get(stage, {})
+        label = "model" if stage == "after" and not metrics.get("before") else label  # nothing says it was trained
         for part in dict.fromkeys(key.rsplit("/", 1)[0] for key in figures if "/" in key):
             shown = [figures.get(f"{part}/{column}") for column in columns]
             cells = ["" if figure is None else f"{figure:.3f}" for figure in shown]

@@ -103,7 +103,7 @@ class NoteLLM2CardData(SentenceTransformerModelCardData):
 
     def try_to_set_base_model(self) -> None:
         """Both halves, where the config names ids that the Hub knows."""
-        names = [config.name_or_path for config in self._halves().values()]
+        names = [name for _, name in self._halves().values()]
         self.base_models = [name for name in names if name and self.set_base_model(name)]
         self.base_model = self.base_model_revision = None  # the template has room for one
 
@@ -113,14 +113,19 @@ class NoteLLM2CardData(SentenceTransformerModelCardData):
         self._cached_dict = {**data, "base_model": data["base_model"] or self.base_models}
         return data
 
-    def _halves(self) -> dict[str, Any]:
+    def _halves(self) -> dict[str, tuple[Any, str | None]]:
+        """Config and id of both; ids of halves that were joined in this process stand in their own configs."""
         config = self.model[0].model.config
-        return {"Vision encoder": config.vision_config, "Language model": config.text_config}
+        known = config.base_models or {}
+        halves = {
+            "Vision encoder": (config.vision_config, "vision_encoder"),
+            "Language model": (config.text_config, "language_model"),
+        }
+        return {part: (half, known.get(key) or half.name_or_path) for part, (half, key) in halves.items()}
 
     def _bases(self) -> str:
         lines = []
-        for part, config in self._halves().items():
-            name = config.name_or_path
+        for part, (config, name) in self._halves().items():
             link = f", from [{name}](https://huggingface.co/{name})" if name in self.base_models else ""
             lines.append(f"- **{part}:** {config.model_type}{link}")
         return "\n".join(lines)

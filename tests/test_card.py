@@ -13,6 +13,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from PIL import Image
 
 from hub.card import MARKER, write_card
+from modeling_notellm2.backbones_notellm2 import base_models
 
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +147,10 @@ def test_an_evaluation_is_read_too(folder, tmp_path):
     text = path.read_text(encoding="utf-8")
     assert "the picture adds to the text (0.600 with it, 0.300 without)" in text and "400 queries" in text
     assert "the picture alone carries (0.400, chance 0.020)" in text and "## Training" not in text
+    assert (
+        "| model: picture and text | 0.600 | 0.250 |" in text
+        and "trained" not in text.split("## Use")[0].split("# tiny")[1]
+    )
 
 
 def test_settings_are_shown_and_paths_are_not(folder):
@@ -178,6 +183,10 @@ def test_an_adapter_says_what_it_adapts(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
     data = ModelCard.load(write_card(tmp_path, repo_id="someone/adapter")).data
     assert data.base_model == ["someone/base"] and data.base_model_relation == "adapter" and "peft" in data.tags
+
+
+def test_halves_are_recorded_by_id_and_folders_of_this_machine_are_not(tmp_path):
+    assert base_models("org/eyes", str(tmp_path)) == {"vision_encoder": "org/eyes"}
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@
 
 Without --index the catalogue is encoded and indexed first, into a cache folder. A link with `?item=ID` opens that item.
 
-As a Space: this file as `app.py` with the folders `hub/` and `modeling_notellm2/` beside it. Options come from the
-environment there: NOTELLM2_MODEL (Hub id), NOTELLM2_ITEMS (data set id or file), and NOTELLM2_INDEX, NOTELLM2_VISUAL_INDEX
-for folders beside it; without these two the Space encodes at its first start.
+As a Space, `hub/publish.py --space` packages it: an app.py that calls `main`, with indexes and items beside it. By hand: this
+file's folders `hub/` and `modeling_notellm2/`, and the options in the environment: NOTELLM2_MODEL (Hub id), NOTELLM2_ITEMS (data
+set id or file), NOTELLM2_INDEX and NOTELLM2_VISUAL_INDEX; without these two the Space encodes at its first start.
 """
 
 import os

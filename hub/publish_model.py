@@ -68,7 +68,7 @@ def prepare_model(folder: Path, staging: Path, details: ModelDetails) -> Publica
         link.symlink_to(path.resolve())
     is_adapter = ADAPTER_CONFIG in files
     if is_adapter:
-        faults += name_base(staging / ADAPTER_CONFIG, details.base)
+        faults += name_base(staging / ADAPTER_CONFIG, details.base, details.repo)
     if not faults:
         add_documents(folder, staging, details, is_adapter)
     staged = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
@@ -79,13 +79,15 @@ def prepare_model(folder: Path, staging: Path, details: ModelDetails) -> Publica
     return Publication("model", staged, WEIGHTS)
 
 
-def name_base(config: Path, base: str | None) -> list[Fault]:
+def name_base(config: Path, base: str | None, repo: str) -> list[Fault]:
     """Writes an adapter's base as a Hub id, by which everyone finds it."""
     content = json.loads(config.read_text(encoding="utf-8"))
     named = content.get("base_model_name_or_path") or ""
     if base is None and not is_hub_id(named):
         what = f"the base model is {named!r}, which is found on this machine alone"
         return [Fault(config.name, what, "Publish the base and name it with --base ORG/BASE.")]
+    if repo == (base or named):
+        return [Fault(config.name, "adapter and base are one repository", "Give the adapter a --repo of its own.")]
     if base is not None:
         check_id(base)
         config.unlink()  # a link to the user's file

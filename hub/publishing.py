@@ -92,7 +92,8 @@ def push(publication: Publication, destination: Destination) -> CommitInfo:
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(path, pattern) for pattern in patterns)
+    """In the pattern's own folder alone: `*` stands for no `/`."""
+    return any(path.count("/") == pattern.count("/") and fnmatch(path, pattern) for pattern in patterns)
 
 
 def listing(publication: Publication, destination: Destination) -> Table:

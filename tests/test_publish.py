@@ -247,7 +247,8 @@ def test_branches_pull_requests_private_repositories_and_stale_weights(at_hub, t
     (tmp_path / "model.safetensors").write_bytes(b"old")
     (tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"new")
     config = {"config.json": tmp_path / "config.json"}
-    old = {**config, "model.safetensors": tmp_path / "model.safetensors"}
+    kept = {"other/model.safetensors": tmp_path / "model.safetensors"}
+    old = {**config, **kept, "model.safetensors": tmp_path / "model.safetensors"}
     new = {**config, "model-00001-of-00001.safetensors": tmp_path / "model-00001-of-00001.safetensors"}
     patterns = ("*.safetensors",)
     push(Publication("model", old, patterns), Destination("org/many", private=True))
@@ -259,6 +260,7 @@ def test_branches_pull_requests_private_repositories_and_stale_weights(at_hub, t
     assert set(repo.find("main").files) == {".gitattributes", *old}
     assert set(repo.find("next/try").files) == {
         ".gitattributes",
+        *kept,
         *new,
     }  # the old weights would be loaded in their place
     assert repo.find("refs/pr/1").title == "Better"

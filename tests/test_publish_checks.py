@@ -158,13 +158,14 @@ def test_metrics_lose_paths_and_are_found_beside_the_model(tmp_path):
 def test_an_adapters_base_must_be_on_the_hub(tmp_path):
     config = write(tmp_path, {"adapter_config.json": json.dumps({"base_model_name_or_path": str(tmp_path), "r": 4})})
     config = config / "adapter_config.json"
-    (fault,) = name_base(config, None)
+    (fault,) = name_base(config, None, "org/adapter")
     assert "found on this machine alone" in fault.what and "--base ORG/BASE" in fault.remedy
     with pytest.raises(ValueError, match="no id of the Hub"):
-        name_base(config, "../base")
-    assert name_base(config, "org/base") == []
+        name_base(config, "../base", "org/adapter")
+    assert "one repository" in name_base(config, "org/base", "org/base")[0].what  # its weights would be deleted
+    assert name_base(config, "org/base", "org/adapter") == []
     assert json.loads(config.read_text()) == {"base_model_name_or_path": "org/base", "r": 4}
-    assert name_base(config, None) == []
+    assert name_base(config, None, "org/adapter") == []
 
 
 @pytest.mark.parametrize(

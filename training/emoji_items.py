@@ -43,23 +43,32 @@ Row = dict[str, Any]
 
 
 @dataclass
-class EmojiArguments:
-    """What to build."""
+class TableArguments:
+    """What to build, whatever the pictures are."""
 
     output: str = field(metadata={"help": "Folder for the tables; those of an earlier run are replaced."})
-    language: str = field(default="en", metadata={"help": "en: English names; zh: Chinese names as content besides."})
     country_flags: int = field(default=0, metadata={"help": "Keep so many of the 258 country flags, drawn at random."})
     test_share: float = field(default=0.25, metadata={"help": "Share of the items that is held out."})
     pairs_per_item: int = field(default=20, metadata={"help": "An item stands in at most so many pairs to train on."})
     seed: int = field(default=0, metadata={"help": "Of flags, split, choice and order of pairs."})
 
     def __post_init__(self) -> None:
-        if self.language not in ("en", "zh"):
-            raise ValueError(f"--language is {self.language!r}; expected en or zh.")
         if not 0 < self.test_share < 1:
             raise ValueError(f"--test_share is {self.test_share}; it must lie between 0 and 1.")
         if self.pairs_per_item < 1 or self.country_flags < 0:
             raise ValueError("--pairs_per_item must be at least 1 and --country_flags must not be negative.")
+
+
+@dataclass
+class EmojiArguments(TableArguments):
+    """What to build of Twemoji."""
+
+    language: str = field(default="en", metadata={"help": "en: English names; zh: Chinese names as content besides."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.language not in ("en", "zh"):
+            raise ValueError(f"--language is {self.language!r}; expected en or zh.")
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,13 @@ def build_tables(arguments: EmojiArguments) -> EmojiTables:
             rejects.append({"item_id": _item_id(entry), "title": entry["name"], "reason": "no picture"})
         else:
             items.append(make_item(entry, path, arguments.language))
+    return split_and_pair(items, rejects, len(entries) - len(kept), arguments, generator)
+
+
+def split_and_pair(
+    items: list[Row], rejects: list[Row], flags_left_out: int, arguments: TableArguments, generator: random.Random
+) -> EmojiTables:
+    """The tables of these items: each gets its `split` here, and pairs stay within one."""
     held_out = set(generator.sample(range(len(items)), round(arguments.test_share * len(items))))
     for position, item in enumerate(items):
         item["split"] = "test" if position in held_out else "train"
@@ -95,7 +111,7 @@ def build_tables(arguments: EmojiArguments) -> EmojiTables:
         train_pairs=make_pairs(train, generator, arguments.pairs_per_item),
         test_pairs=make_pairs(test, generator, len(test)),
         rejects=rejects,
-        flags_left_out=len(entries) - len(kept),
+        flags_left_out=flags_left_out,
     )
 
 

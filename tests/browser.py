@@ -43,8 +43,9 @@ class Browser:
         self._session = attached["sessionId"]
 
     def go(self, url: str) -> None:
-        """Opens a page."""
+        """Opens a page, and waits for its document."""
         self._call("Page.navigate", session=self._session, url=url)
+        self.wait("location.href != 'about:blank' && document.readyState == 'complete' && document.body != null")
 
     def evaluate(self, script: str) -> Any:
         """What a JavaScript expression gives."""
@@ -56,7 +57,7 @@ class Browser:
         """Waits until an expression gives something true, which is returned."""
         deadline = time.monotonic() + seconds
         while not (value := self.evaluate(script)):
-            assert time.monotonic() < deadline, f"never true: {script}\n{self.evaluate('document.body.innerText')}"
+            assert time.monotonic() < deadline, f"never true: {script}\n{self.evaluate('document.documentElement?.innerText')}"
             time.sleep(0.1)
         return value
 

@@ -18,6 +18,7 @@ from .prompts_notellm2 import (
     WORDINGS,
     FieldLimits,
     ItemError,
+    ItemText,
     Piece,
     Slot,
     build_pieces,
@@ -241,10 +242,13 @@ class NoteLLM2Processor(ProcessorMixin):
                 raise ValueError(f"row {number}: {row.count(Slot.IMAGE)} <IMG> slots but {len(of_row)} images.")
         return rows, [(of_row, f"row {number}") for number, of_row in enumerate(dealt)]
 
+    def item_text(self, item: Mapping[str, Any]) -> ItemText:
+        """Title, topics and content of an item as they stand in its prompt: cleaned and cut."""
+        return item_text(item, WORDINGS[self.prompt_language], self.limits, self._cut)
+
     def _pieces(self, item: Mapping[str, Any]) -> list[Piece]:
-        wording = WORDINGS[self.prompt_language]
-        text = item_text(item, wording, self.limits, self._cut)
-        return build_pieces(text, len(image_sources(item.get("image"))), self.prompt_mode, wording)
+        images = len(image_sources(item.get("image")))
+        return build_pieces(self.item_text(item), images, self.prompt_mode, WORDINGS[self.prompt_language])
 
     def _encode(self, texts: list[str], **kwargs: Any) -> Mapping[str, Any]:
         """Tokenizes texts in which no special token is recognised."""

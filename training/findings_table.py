@@ -1,39 +1,44 @@
-"""The findings as tables and a plot: `python -m training.findings_table runs/findings/results.jsonl [--output DIR]`.
+"""Tables and plots of the findings: `python -m training.findings_table runs/findings/results.jsonl [MORE.jsonl ...]`.
 
-One table for each experiment and data set, in Markdown: means over the seeds with the 95 % interval that Student's t gives
-for them, and the number of seeds, also of experiments that are not finished. With --output the tables go into
-DIR/findings.md and DIR/findings.png as well.
+Prints markdown: for every experiment and data set the mean over seeds of each variant with its 95 % t interval, then
+how far it is from the experiment's first variant, seed by seed. Works while the runs go on: `n` says how many seeds there
+are. The plots go to `plots/` beside the first file.
 """
 
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import isnan, nan, sqrt
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
-import numpy as np
-from scipy import stats
-from transformers import HfArgumentParser
+from matplotlib.figure import Figure
+from scipy.stats import t
 
 from training.findings import read_results
 
 
-COLUMNS = {
-    "both/recall@10": "recall@10, both",
-    "image/recall@10": "image alone",
-    "text/recall@10": "text alone",
-    "both/recall@100": "recall@100, both",
-    "image/recall@100": "image alone",
-    "text/recall@100": "text alone",
-    "both/precision@10": "precision@10, both",
-}
-PLOTTED = "recall@10"
-MODALITIES = ("both", "image", "text")
 CONFIDENCE = 0.95
+COLUMNS = (
+    "both/recall@1",
+    "both/recall@10",
+    "both/recall@100",
+    "both/precision@10",
+    "image/recall@100",
+    "image/precision@10",
+    "text/recall@100",
+    "text/precision@10",
+)
+COMPARED = ("both/recall@100", "both/precision@10", "image/recall@100", "image/precision@10", "text/precision@10")
+SHOWN = ("recall@100", "precision@10")
+COLOURS = {"both": "tab:blue", "image": "tab:orange", "text": "tab:green"}
+DPI = 120
+USAGE = "usage: python -m training.findings_table RESULTS.jsonl [MORE.jsonl ...]"
 
-Results = Sequence[Mapping[str, Any]]
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,109 +46,173 @@ class Estimate:
     """A mean over seeds.
 
     Attributes:
-        half_width: of the 95 % interval; NaN with one seed.
+        value: nan without a seed.
+        margin: half of the t interval's width; nan below two seeds.
         count: seeds.
     """
 
-    mean: float
-    half_width: float
+    value: float
+    margin: float
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" + ("" if np.isnan(self.half_width) else f" ± {self.half_width:.3f}")
+        if isnan(self.value):
+            return "–"
+        return f"{self.value:.3f}" if isnan(self.margin) else f"{self.value:.3f} ± {self.margin:.3f}"
 
 
-@dataclass
-class TableArguments:
-    """Where the results are, and where the tables go."""
+@dataclass(frozen=True)
+class Group:
+    """The runs of one experiment on one data set.
 
-    results: str = field(metadata={"help": "File that training.findings wrote."})
-    output: str | None = field(default=None, metadata={"help": "Folder for findings.md and findings.png."})
+    Attributes:
+        items: what the items were given of their texts.
+        variants: name to seed to metrics; in the order in which they first came.
+    """
+
+    experiment: str
+    data: str
+    items: str
+    variants: dict[str, dict[int, dict[str, float]]]
+
+    def estimate(self, variant: str, metric: str) -> Estimate:
+        """The mean over the seeds that have the metric."""
+        return estimate([metrics[metric] for metrics in self.variants[variant].values() if metric in metrics])
+
+    def difference(self, variant: str, reference: str, metric: str) -> Estimate:
+        """Mean over the seeds that both variants have of one's metric less the other's."""
+        ours, theirs = self.variants[variant], self.variants[reference]
+        both = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+        return estimate([one[metric] - other[metric] for one, other in both if metric in one and metric in other])
 
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean of independent values with Student's interval: mean ± t(0.975, n - 1) * s / sqrt(n)."""
     count = len(values)
     if count < 2:
-        return Estimate(float(np.mean(values)), float("nan"), count)
-    width = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * np.std(values, ddof=1) / np.sqrt(count)
-    return Estimate(float(np.mean(values)), float(width), count)
+        return Estimate(values[0] if values else nan, nan, count)
+    quantile = t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    return Estimate(mean(values), float(quantile) * stdev(values) / sqrt(count), count)
 
 
-def group(results: Results) -> dict[tuple[str, str], dict[str, list[Mapping[str, float]]]]:
-    """(experiment, data set) to variant to the metrics of its seeds, all in the order of the file."""
-    found: dict[tuple[str, str], dict[str, list[Mapping[str, float]]]] = {}
-    for line in results:
-        variants = found.setdefault((line["experiment"], line["data"]), {})
-        variants.setdefault(line["variant"], []).append(line["metrics"])
-    return found
+def group(lines: Sequence[Line]) -> list[Group]:
+    """The runs by experiment and data set, in the order in which they first came.
+
+    Raises:
+        ValueError: when one variant has two runs of one seed: files of different settings don't mix.
+    """
+    groups: dict[tuple[str, str], Group] = {}
+    for line in lines:
+        place = line["experiment"], line["data"]
+        seeds = groups.setdefault(place, Group(*place, line["items"], {})).variants.setdefault(line["variant"], {})
+        if line["seed"] in seeds:
+            raise ValueError(
+                f"{line['experiment']}, {line['data']}: {line['variant']} has several runs of seed {line['seed']}. "
+                "Keep the results of different settings in files of their own."
+            )
+        seeds[line["seed"]] = line["metrics"]
+    return list(groups.values())
 
 
-def estimates(runs: Sequence[Mapping[str, float]], metric: str) -> Estimate | None:
-    """Of the runs that have the metric; None where none has."""
-    values = [metrics[metric] for metrics in runs if metric in metrics]
-    return estimate(values) if values else None
-
-
-def markdown(results: Results) -> str:
-    """All tables."""
+def render(groups: Sequence[Group]) -> str:
+    """All tables in markdown."""
     parts = []
-    for (experiment, data), variants in group(results).items():
-        rows = [["variant", "seeds", *COLUMNS.values()], ["---"] * (2 + len(COLUMNS))]
-        for variant, runs in variants.items():
-            cells = [estimates(runs, metric) for metric in COLUMNS]
-            rows.append([variant, str(len(runs)), *("" if cell is None else str(cell) for cell in cells)])
-        lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        parts.append(f"**{experiment}**, {data}\n\n{lines}\n")
-    return "\n".join(parts)
+    for one in groups:
+        items = "" if one.items == "as they are" else f" (items: {one.items})"
+        parts.append(f"**{one.experiment}, {one.data}**{items}\n\n{_means(one)}")
+        if differences := _differences(one):
+            parts.append(differences)
+    return "\n\n".join(parts)
 
 
-def plot(results: Results, path: Path) -> None:
-    """Recall@10 of every variant with both modalities, the image alone and the text alone, with intervals; a PNG file."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # after the backend is chosen
+def _means(one: Group) -> str:
+    columns = [c for c in COLUMNS if any(c in m for seeds in one.variants.values() for m in seeds.values())]
+    rows = [
+        [name, str(len(seeds)), *(str(one.estimate(name, column)) for column in columns)]
+        for name, seeds in one.variants.items()
+    ]
+    return markdown(["variant", "n", *(column.replace("/", " ") for column in columns)], rows)
 
-    tables = group(results)
-    figure, axes = pyplot.subplots(
-        len(tables), 1, figsize=(9, 1 + 2.6 * len(tables)), squeeze=False, layout="constrained"
-    )
-    for ((experiment, data), variants), axis in zip(tables.items(), axes[:, 0], strict=True):
-        for shift, modality in enumerate(MODALITIES):
-            found = [estimates(runs, f"{modality}/{PLOTTED}") for runs in variants.values()]
-            at = [number + 0.27 * (shift - 1) for number, one in enumerate(found) if one]
-            heights = [one.mean for one in found if one]
-            errors = [np.nan_to_num(one.half_width) for one in found if one]
-            axis.bar(at, heights, 0.25, yerr=errors, label=modality, capsize=2)
-        axis.set_xticks(range(len(variants)), list(variants), rotation=15)
-        axis.set_title(f"{experiment}, {data}", loc="left", fontsize=10)
-        axis.set_ylabel(PLOTTED)
-    axes[0, 0].legend(ncols=3, fontsize=8)
-    beside = path.with_name(path.name + ".tmp")
-    figure.savefig(beside, dpi=110, format="png")
-    pyplot.close(figure)
-    os.replace(beside, path)
+
+def _differences(one: Group) -> str | None:
+    """Against the first variant; an interval that leaves out zero is bold. None where there is nothing to compare."""
+    reference, *others = one.variants
+    rows = []
+    for name in others:
+        found = [one.difference(name, reference, metric) for metric in COMPARED]
+        seeds = max(difference.count for difference in found)
+        if seeds > 1:
+            rows.append([f"{name} − {reference}", str(seeds), *map(_signed, found)])
+    return markdown(["difference", "n", *(metric.replace("/", " ") for metric in COMPARED)], rows) if rows else None
+
+
+def _signed(difference: Estimate) -> str:
+    if isnan(difference.margin):
+        return "–"
+    text = f"{difference.value:+.3f} ± {difference.margin:.3f}"
+    return f"**{text}**" if abs(difference.value) > difference.margin else text
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; all but the first column stand to the right."""
+    marks = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, marks, *rows))
+
+
+def draw_plots(groups: Sequence[Group], folder: Path) -> Iterator[Path]:
+    """A PNG for every experiment and data set, written beside and renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in groups:
+        name = re.sub(r"\W+", "_", f"{one.experiment} {one.data}".lower()).strip("_")
+        beside = folder / f"{name}.png.tmp"
+        _figure(one).savefig(beside, format="png", dpi=DPI, bbox_inches="tight")
+        os.replace(beside, folder / f"{name}.png")
+        yield folder / f"{name}.png"
+
+
+def _figure(one: Group) -> Figure:
+    """A bar with its interval for each variant and modality, a panel for each metric."""
+    figure = Figure(figsize=(11, 1.2 + 0.55 * len(one.variants)))
+    panels = figure.subplots(1, len(SHOWN), sharey=True)
+    height = 0.8 / len(COLOURS)
+    for panel, metric in zip(panels, SHOWN, strict=True):
+        for number, (modality, colour) in enumerate(COLOURS.items()):
+            found = [one.estimate(name, f"{modality}/{metric}") for name in one.variants]
+            places = [row + (number - 1) * height for row in range(len(found))]
+            margins = [0.0 if isnan(bar.margin) else bar.margin for bar in found]
+            panel.barh(
+                places, [bar.value for bar in found], height, xerr=margins, color=colour, capsize=2, label=modality
+            )
+        panel.set_xlabel(metric)
+        panel.set_xlim(left=0)
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(one.variants)), one.variants)
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper right", ncols=len(COLOURS))
+    figure.suptitle(f"{one.experiment}, {one.data}", x=0.125, ha="left")
+    return figure
 
 
 def main() -> None:
-    """Entry point; a results file that can't be read ends with a message alone."""
-    arguments = HfArgumentParser(TableArguments).parse_args_into_dataclasses(
-        args=["--results", *sys.argv[1:]] if sys.argv[1:2] and not sys.argv[1].startswith("-") else None
-    )[0]
+    """Entry point; a file that can't be read ends with a message alone."""
+    paths = [Path(argument) for argument in sys.argv[1:]]
+    if not paths or any(str(path).startswith("-") for path in paths):
+        raise SystemExit(USAGE)
+    lines = []
+    for path in paths:
+        try:
+            found = read_results(path)
+        except ValueError as error:
+            raise SystemExit(f"training.findings_table: {path}: {error}") from error
+        if not found:
+            raise SystemExit(f"training.findings_table: {path} has no finished run yet; see training/findings.py.")
+        lines += found
     try:
-        results = read_results(Path(arguments.results))
+        groups = group(lines)
     except ValueError as error:
-        raise SystemExit(f"training.findings_table: {arguments.results}: {error}") from error
-    if not results:
-        raise SystemExit(f"training.findings_table: {arguments.results} has no result; run training.findings first.")
-    print(markdown(results))
-    if arguments.output:
-        folder = Path(arguments.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / "findings.md.tmp"
-        beside.write_text(markdown(results), encoding="utf-8")
-        os.replace(beside, folder / "findings.md")
-        plot(results, folder / "findings.png")
-        print(f"Tables and plot: {folder / 'findings.md'}, {folder / 'findings.png'}")
+        raise SystemExit(f"training.findings_table: {error}") from error
+    print(render(groups))
+    print("\n" + "\n".join(f"Plot: {place}" for place in draw_plots(groups, paths[0].parent / "plots")))
 
 
 if __name__ == "__main__":

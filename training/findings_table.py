@@ -179,7 +179,7 @@ def _figure(one: Group) -> Figure:
         for number, (modality, colour) in enumerate(COLOURS.items()):
             found = [one.estimate(name, f"{modality}/{metric}") for name in one.variants]
             places = [row + (number - 1) * height for row in range(len(found))]
-            margins = [0.0 if isnan(bar.margin) else bar.margin for bar in found]
+            margins = [bar.margin for bar in found]  # nan draws none
             panel.barh(
                 places, [bar.value for bar in found], height, xerr=margins, color=colour, capsize=2, label=modality
             )

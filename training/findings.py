@@ -50,7 +50,7 @@ class FindingsConfig:
         results: JSON lines file, one line for each finished run.
         sets: name to a folder with items.parquet, train_pairs.parquet, test_pairs.parquet.
         variants: name to fields of NoteLLM2Config (early_fusion, micl, ...), `images: false` to leave all pictures out,
-            and `image_dropout`.
+            and `options` of training/run.py that differ.
         experiments: what is compared, the most important first.
         training: options of training/run.py, the same for all.
     """

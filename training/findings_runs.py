@@ -83,7 +83,7 @@ def measure_run(
     settings = dict(settings)
     images = settings.pop("images", True)
     with tempfile.TemporaryDirectory(prefix="findings-") as scratch:
-        options = {**training, "output_dir": scratch, "seed": seed, "image_dropout": settings.pop("image_dropout", 0.0)}
+        options = {**training, "output_dir": scratch, "seed": seed, **settings.pop("options", {})}
         model, tables, arguments = options_of(base, write_form(Path(folder), form, images, Path(scratch)), options)
         set_seed(seed)
         data = load_data(tables, arguments.dataloader_num_workers)

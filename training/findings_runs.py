@@ -116,7 +116,7 @@ def options_of(
 
 
 def build(base: str, settings: Mapping[str, Any]) -> tuple[NoteLLM2Model, NoteLLM2Processor]:
-    """An untrained variant on the base's pretrained halves; parts of one shape start the same for one seed."""
+    """An untrained variant on the base's pretrained halves; its new parts are drawn anew, from the seed that was set."""
     halves = AutoModel.from_pretrained(base, trust_remote_code=True)
     given = AutoProcessor.from_pretrained(base, trust_remote_code=True)
     config = halves.config

@@ -82,6 +82,10 @@ class DataArguments:
     vision_cache_gb: float = field(
         default=50.0, metadata={"help": "Largest size of it; images beyond are decoded in every epoch."}
     )
+    report: bool = field(
+        default=False,
+        metadata={"help": "Write report.html, with intervals, slices, saliency and examples; some more passes."},
+    )
     report_baselines: bool = field(
         default=False, metadata={"help": "Measure frozen features and a linear map on them under the same protocol."}
     )

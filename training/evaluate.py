@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
+from training.adapters import base_of
 from training.batches import ItemCollator
 from training.data import ItemTable, TableError, load_items, load_pairs
 from training.evaluation_plots import draw_plots
@@ -67,6 +68,7 @@ from training.retrieval import (
 )
 from training.slices import ItemFacts, count_in_pairs, item_facts, measure_slices, query_slices
 from training.tables import write_rejects
+from training.vision_cache import VisionCache
 
 
 @dataclass
@@ -146,6 +148,7 @@ def evaluate_model(
     batch_size: int = 32,
     num_workers: int = 0,
     rejects: Path | None = None,
+    features: VisionCache | None = None,
 ) -> dict[str, Any]:
     """Everything in evaluation.json but "settings", "plots" and the names of the models.
 
@@ -157,13 +160,14 @@ def evaluate_model(
         labels: a category for each item.
         popularity: (n,) integer, train pairs that each item is in (`training.slices.count_in_pairs`).
         rejects: JSON lines file to which images that can't be read are added.
+        features: stored vision features of `model`'s encoder.
 
     Raises:
         ValueError: when no pair can be measured.
     """
     options = options or MeasureOptions()
     facts = item_facts(items, processor.limits, popularity, labels)
-    collate = ItemCollator(processor, rejects=rejects)
+    collate = ItemCollator(processor, features, base_of(model).dtype, rejects)
     report: dict[str, Any] = {"metrics": {}, "slices": [], "examples": None, "comparison": None}
     per_query: dict[str, dict[str, PerQuery]] = {}
     for view in views(model, collate, items, pairs, batch_size, num_workers):
@@ -310,11 +314,20 @@ def run(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]
         "counts": counts,
         **found,
     }
+    write_evaluation(report, output)
+    show(report, output)
+    return report
+
+
+def write_evaluation(report: dict[str, Any], output: Path) -> None:
+    """evaluation.json, evaluation.md and the plots, whose places are added to the report as "plots".
+
+    Args:
+        report: what `evaluate_model` gave, with "model", "compared_with", "settings" and "counts".
+    """
     report["plots"] = draw_plots(report, output / "plots")
     _write(output / "evaluation.md", as_markdown(report))
     _write(output / "evaluation.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    show(report, output)
-    return report
 
 
 def _load(name: str, device: str | None) -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
 """Train NoteLLM-2 and measure it before and after: `python training/run.py CONFIG.yaml [--key value ...]`.
 
 Writes into `output_dir`: `model/` (weights or adapter, processor and code, for AutoModel), `metrics.json`,
-`rejects.jsonl` (rows that were left out, with the reason), `logs/` (TensorBoard) and `checkpoint-N/` on the way.
+`rejects.jsonl` (rows that were left out, with the reason), `logs/` (TensorBoard) and `checkpoint-N/` on the way. With
+`report`, on one process, also `report.html`, `evaluation.json` and `plots/`.
 """
 
 import json
@@ -23,8 +24,10 @@ from training.arguments import DataArguments, ModelArguments, NoteLLM2TrainingAr
 from training.batches import ItemCollator, PairCollator, PairDataset, cache_vision_features
 from training.checkpoints import checkpoint_to_resume
 from training.data import ItemTable, PairTable, TableError, load_items, load_pairs
+from training.evidence import evaluate_whole, explain
 from training.modalities import evaluate, evaluate_in_training, measure, random_expectation
 from training.negatives import FalseNegatives
+from training.report import write_report
 from training.sampling import item_lengths
 from training.summary import show
 from training.tables import Rejects, write_rejects
@@ -175,12 +178,19 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
         "before": measured(),
     }
     clock.lap("evaluate_before")
+    explained = tables.report and bool(data.eval_pairs) and arguments.world_size == 1
+    saliency = {"before training": explain(trainer, data)} if explained else {}
     report["baselines"] = measure_baselines(data, features, arguments.seed) if tables.report_baselines else {}
     clock.lap("baselines")
     trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     clock.lap("train")
     report["after"] = measured()
     clock.lap("evaluate_after")
+    if explained:
+        saliency["after training"] = explain(trainer, data)
+        evaluate_whole(trainer, data, tables.train_pairs, tables.label_column)
+        clock.lap("evaluation.json")
+    report["saliency"] = {name: shares for name, shares in saliency.items() if shares}
 
     report["counts"] = {
         "items": len(data.items),
@@ -199,6 +209,8 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
     save_model(trainer, output / "model", options.merge_adapter)
     if trainer.is_world_process_zero():
         write_json(report, output / "metrics.json")
+        if tables.report and arguments.world_size == 1:
+            write_report(output, data.eval_items)
         show(report, output)
     return report
 

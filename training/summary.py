@@ -1,5 +1,6 @@
 """What a run prints at its end: one table of all stages, and where everything is."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,46 @@ from rich.table import Table
 SHOWN = ("recall@1", "recall@10", "recall@100", "precision@10")
 
 
+def result_rows(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[list[str]]]]]:
+    """The figures of all stages as a table.
+
+    Args:
+        report: content of metrics.json.
+
+    Returns:
+        The metrics shown, and for each stage its rows: a label, then a value for each metric. Empty without an evaluation.
+    """
+    if not report["after"]:
+        return [], []
+    shown = [metric for metric in SHOWN if f"random/{metric}" in report["random"]]
+    stages = []
+    for stage in ("random", "baselines", "before", "after"):
+        names = dict.fromkeys(key.rsplit("/", 1)[0] for key in report[stage] if "/" in key)
+        labels = {name: name if stage == "random" else f"{stage.removesuffix('s')}: {name}" for name in names}
+        rows = [
+            [label, *(f"{report[stage].get(f'{name}/{metric}', float('nan')):.3f}" for metric in shown)]
+            for name, label in labels.items()
+        ]
+        stages.append((stage, rows))
+    return shown, stages
+
+
 def show(report: dict[str, Any], output: Path) -> None:
     """The closing table of `metrics.json`'s content, and the places of model, metrics and logs."""
     console = Console()
-    if report["after"]:
+    shown, stages = result_rows(report)
+    if stages:
         table = Table(title=f"{report['random']['queries']} queries among {report['random']['candidates']} candidates")
         table.add_column("embedding")
-        shown = [metric for metric in SHOWN if f"random/{metric}" in report["random"]]
         for metric in shown:
             table.add_column(metric, justify="right")
-        for stage in ("random", "baselines", "before", "after"):
-            names = dict.fromkeys(key.rsplit("/", 1)[0] for key in report[stage] if "/" in key)
-            for name in names:
-                label = name if stage == "random" else f"{stage.removesuffix('s')}: {name}"
-                table.add_row(
-                    label, *(f"{report[stage].get(f'{name}/{metric}', float('nan')):.3f}" for metric in shown)
-                )
+        for _, rows in stages:
+            for row in rows:
+                table.add_row(*row)
             table.add_section()
         console.print(table)
     rejected = report["counts"]["rejected_rows"]
     console.print(f"Rows left out: {rejected}" + (f", see {output / 'rejects.jsonl'}" if rejected else ""))
     console.print(f"Model:   {output / 'model'}\nMetrics: {output / 'metrics.json'}\nLogs:    {output / 'logs'}")
+    if report["settings"]["report"] and (output / "report.html").exists():
+        console.print(f"Report:  {output / 'report.html'}")

@@ -8,7 +8,12 @@ DEMO := runs/demo
 DEMO_SIZES := --text_layers 0-7,22-25 --num_query_tokens 4 --qformer_layers 2 --qformer_hidden_size 384 --qformer_heads 6 \
 	--prompt_language en --max_title_length 60
 
-.PHONY: demo test lint bench clean
+FINDINGS := runs/findings
+# Four layers and short prompts: a hundred runs of 40 steps are to end within hours on two cores.
+FINDINGS_SIZES := --text_layers 0-2,24 --num_query_tokens 16 --qformer_layers 2 --qformer_hidden_size 384 --qformer_heads 6 \
+	--prompt_language en --max_title_length 40
+
+.PHONY: demo findings test lint bench clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -24,6 +29,13 @@ demo: $(STAMP)
 	$(BIN)/python hub/assemble.py --output $(DEMO)/base $(DEMO_SIZES)
 	$(BIN)/python -m training.emoji_items --output $(DEMO)/data
 	$(BIN)/python training/run.py training/configs/demo.yaml
+
+findings: $(STAMP)
+	$(BIN)/python hub/assemble.py --output $(FINDINGS)/base $(FINDINGS_SIZES)
+	$(BIN)/python -m training.emoji_items --output $(DEMO)/data
+	$(BIN)/python -m training.openmoji_items --output runs/openmoji/data
+	$(BIN)/python -m training.findings training/configs/findings.yaml
+	$(BIN)/python -m training.findings_table $(FINDINGS)/results.jsonl
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest

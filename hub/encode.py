@@ -53,7 +53,8 @@ class EncodeArguments:
     model: str = field(metadata={"help": "Folder or Hub id of a NoteLLM-2 model with its processor."})
     items: str = field(
         metadata={
-            "help": "Item table: Parquet file or folder of them, .jsonl, .csv, image folder with metadata, or Hub dataset."
+            "help": "Item table: Parquet file or folder of them, .jsonl, .csv, image folder with metadata, or Hub "
+            "data set (ORG/DATA, or ORG/DATA:CONFIG)."
         }
     )
     output: str = field(metadata={"help": "Folder to write, or one that an earlier start of the same job left."})

@@ -22,6 +22,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 METRICS = "metrics.json"
 PEFT_CARD = "Model Card for Model ID"
 """Headline of the empty card that peft writes beside an adapter."""
+CARD_PLOTS = ("curves.png", "recall.png", "saliency.png")
+"""What the card shows of the plots that a run with a report left beside metrics.json."""
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", ADAPTER_CONFIG)
 
 
@@ -97,7 +99,8 @@ def name_base(config: Path, base: str | None, repo: str) -> list[Fault]:
 
 
 def add_documents(folder: Path, staging: Path, details: ModelDetails, is_adapter: bool) -> None:
-    """Adds LICENSE, metrics.json and the card where the folder has none. A card that someone wrote stays."""
+    """Adds LICENSE, metrics.json and the card, with the run's plots, where the folder has none. A card that someone wrote
+    stays."""
     if not (staging / "LICENSE").exists():
         (staging / "LICENSE").symlink_to(LICENSE)
     metrics = find_metrics(folder, details.metrics)
@@ -117,8 +120,15 @@ def add_documents(folder: Path, staging: Path, details: ModelDetails, is_adapter
             languages=details.languages,
             datasets=details.datasets,
             base_models=[details.base] if is_adapter and details.base else details.base_models,
+            plots=find_plots(metrics),
             replace=PEFT_CARD in text,
         )
+
+
+def find_plots(metrics: Path | None) -> list[Path]:
+    """Those of `CARD_PLOTS` that stand in plots/ beside metrics.json."""
+    places = [] if metrics is None else [metrics.parent / "plots" / name for name in CARD_PLOTS]
+    return [place for place in places if place.is_file()]
 
 
 def find_metrics(folder: Path, named: str | None) -> Path | None:

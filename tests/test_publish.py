@@ -1,7 +1,9 @@
 """The round trip: published by the command to a stand-in for the Hub, loaded by name where nobody knows the project."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from rich.console import Console
 from transformers import AutoModel, AutoProcessor
 
 from hub.publish import PublishArguments, publish
+from hub.publish_model import ModelDetails, prepare_model
 from hub.publishing import Destination, Publication, push
 from tests.hub_client import PREAMBLE, ROOT, environment, run_fresh
 from tests.hub_server import Handler
@@ -186,6 +189,7 @@ def test_a_damaged_download_is_an_error_and_no_wrong_model(hub, published, tiny_
 UPLOAD = """
 import sys
 from pathlib import Path
+from hub.publish_model import ModelDetails, prepare_model
 from hub.publishing import Destination, Publication, push
 files = {path.name: path for path in Path(sys.argv[1]).iterdir()}
 push(Publication("model", files), Destination("org/large"))
@@ -240,6 +244,21 @@ def test_a_dry_run_lists_everything_and_sends_nothing(at_hub, tiny_model_folder,
         assert re.search(rf"{path.name} +│ +{path.stat().st_size:,} ", shown), path.name
     assert "LICENSE" in shown and "README.md" in shown and "nothing was sent" in shown
     assert at_hub.log == []
+
+
+def test_a_runs_plots_go_into_the_card(tiny_model_folder, tmp_path):
+    run, staging = tmp_path / "run", tmp_path / "staging"
+    shutil.copytree(tiny_model_folder, run / "model")
+    (run / "plots").mkdir()
+    Image.new("RGB", (8, 8)).save(run / "plots" / "curves.png")
+    shutil.copy(ROOT / "hub" / "gallery.png", run / "plots" / "other.png")
+    figures = {"both/recall@10": 0.5}
+    stages = {"random": {"random/recall@10": 0.1, "queries": 4, "candidates": 9}, "before": figures, "after": figures}
+    (run / "metrics.json").write_text(json.dumps({**stages, "baselines": {}, "counts": {}, "settings": {}, "log": []}))
+    staging.mkdir()
+    publication = prepare_model(run / "model", staging, ModelDetails("org/name"))
+    assert {name for name in publication.files if name.endswith(".png")} == {"assets/curves.png"}
+    assert "(assets/curves.png)" in (staging / "README.md").read_text()
 
 
 def test_branches_pull_requests_private_repositories_and_stale_weights(at_hub, tmp_path):

@@ -44,7 +44,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Tables to train and to measure on: Parquet, JSON lines, CSV, a folder, or a Hub dataset id."""
+    """Tables to train and to measure on: Parquet, JSON lines, CSV, a folder, or a Hub data set, ORG/DATA or ORG/DATA:CONFIG."""
 
     items: str = field(metadata={"help": "Item table: item_id and title, topics, content, image."})
     train_pairs: str = field(metadata={"help": "Pair table to train on: query_id, target_id."})

@@ -57,7 +57,9 @@ class Browser:
         """Waits until an expression gives something true, which is returned."""
         deadline = time.monotonic() + seconds
         while not (value := self.evaluate(script)):
-            assert time.monotonic() < deadline, f"never true: {script}\n{self.evaluate('document.documentElement?.innerText')}"
+            assert time.monotonic() < deadline, (
+                f"never true: {script}\n{self.evaluate('document.documentElement?.innerText')}"
+            )
             time.sleep(0.1)
         return value
 

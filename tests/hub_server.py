@@ -101,7 +101,9 @@ class Handler(BaseHTTPRequestHandler):
     def repo(self, kind: str, name: str) -> Repo:
         repo = self.hub.store.repos.get((KINDS.get(kind, "model"), name))
         if repo is None or (repo.private and self.headers.get("Authorization") != f"Bearer {TOKEN}"):
-            raise RequestError(401 if "Authorization" not in self.headers else 404, "Repository not found", "RepoNotFound")
+            raise RequestError(
+                401 if "Authorization" not in self.headers else 404, "Repository not found", "RepoNotFound"
+            )
         return repo
 
     def commit_of(self, repo: Repo, revision: str) -> Commit:

@@ -12,9 +12,11 @@ from pathlib import Path
 import datasets
 import pytest
 from PIL import Image
+from transformers import AutoModel
 
 from training.arguments import parse
 from training.data import load_items
+from training.evidence import evaluate_whole
 from training.report import headline, write_report
 from training.run import run
 
@@ -66,12 +68,10 @@ def tables(coloured_tables, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def finished(tables, tiny_model_folder, tmp_path_factory):
+def train(model: Path, tables: Path, folder: Path, **more: object) -> None:
     """A run of a few steps with everything that a report shows."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
     options = {
-        "model": tiny_model_folder,
+        "model": model,
         "items": tables / "items.parquet",
         "train_pairs": tables / "train.jsonl",
         "eval_pairs": tables / "test.jsonl",
@@ -87,8 +87,15 @@ def finished(tables, tiny_model_folder, tmp_path_factory):
         "report_to": "none",
         "lora_r": 2,
         "merge_adapter": True,
+        **more,
     }
     run(*parse([word for name, value in options.items() for word in (f"--{name}", str(value))]))
+
+
+@pytest.fixture(scope="module")
+def finished(tables, tiny_model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(tiny_model_folder, tables, folder)
     return folder
 
 
@@ -107,6 +114,32 @@ def test_a_run_writes_its_page(finished):
     assert {"curves.png", "saliency.png", "recall.png"} <= {path.name for path in (finished / "plots").iterdir()}
     for words in ("Training report: run", "Slices of the queries", "answers worst", "per_device_train_batch_size"):
         assert words in page.words
+
+
+def test_a_report_that_fails_costs_no_model(tables, tiny_model_folder, tmp_path, monkeypatch):
+    """Nor does an older page stand beside the new model; a picture that can't be read is listed once for all passes."""
+    items = datasets.Dataset.from_parquet(str(tables / "items.parquet"))
+    unreadable = {"bytes": b"no picture", "path": None}
+    spoiled = items.map(
+        lambda item: {**item, "image": unreadable} if item["item_id"] == "i90" else item, features=items.features
+    )
+    shutil.copytree(tables, tmp_path / "tables")
+    spoiled.to_parquet(tmp_path / "tables" / "items.parquet")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "report.html").write_text("of an earlier run")
+
+    def fail(*arguments):
+        evaluate_whole(*arguments)
+        raise MemoryError
+
+    monkeypatch.setattr("training.run.evaluate_whole", fail)
+    with pytest.raises(MemoryError):
+        train(tiny_model_folder, tmp_path / "tables", folder, check_images=False)
+    assert AutoModel.from_pretrained(folder / "model", trust_remote_code=True)
+    assert not (folder / "report.html").exists()
+    lines = (folder / "rejects.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["ids"] == ["i90"] for line in lines) == 1
 
 
 def test_nothing_from_outside_and_no_text_is_markup(finished):

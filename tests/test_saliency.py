@@ -90,7 +90,9 @@ def test_shares_and_a_model_that_is_left_as_it_was():
     model, processor = make_model()
     model.requires_grad_(False).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
     saliency = measure_saliency(model, processor, ItemCollator(processor), PAIRS, batch_pairs=2)
+    assert torch.equal(torch.get_rng_state(), random_state)  # training goes on as it would have without
     for shares in (saliency.multimodal, saliency.visual):
         assert set(shares) == set(KINDS)
         sums = torch.tensor([shares[kind] for kind in KINDS]).sum(0)

@@ -46,7 +46,6 @@ def evaluate_whole(trainer: NoteLLM2Trainer, data: "RunData", train_pairs: str, 
         label_column: where `data.labels` come from.
     """
     output, options = Path(trainer.args.output_dir), MeasureOptions()
-    rejects = output / "rejects.jsonl"
     found = evaluate_model(
         trainer.model,
         trainer.processing_class,
@@ -57,10 +56,9 @@ def evaluate_whole(trainer: NoteLLM2Trainer, data: "RunData", train_pairs: str, 
         popularity=count_in_pairs(train_pairs, data.eval_items),
         batch_size=trainer.args.per_device_eval_batch_size,
         num_workers=trainer.args.dataloader_num_workers,
-        rejects=rejects,
         features=trainer.data_collator.collate_items.features,
     )
-    with rejects.open(encoding="utf-8") as lines:
+    with (output / "rejects.jsonl").open(encoding="utf-8") as lines:  # the run has listed these items' pictures by now
         counts = {"items": len(data.eval_items), "pairs": len(data.eval_pairs), "rejected_rows": sum(1 for _ in lines)}
     about = {"model": str(output / "model"), "compared_with": None, "counts": counts}
     settings = {**asdict(options), "label_column": label_column, "train_pairs": train_pairs}

@@ -36,6 +36,10 @@ from training.validate import validate
 from training.vision_cache import VisionCache
 
 
+OF_ONE_MODEL = ("evaluation.json", "evaluation.md", "report.html")
+"""Files of a run's folder that say something false as soon as another model stands there."""
+
+
 @dataclass(frozen=True)
 class RunData:
     """The tables of a run: all items, those to evaluate on, and the pairs of both, with every rejected row."""
@@ -180,18 +184,13 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
     clock.lap("evaluate_before")
     explained = tables.report and bool(data.eval_pairs) and arguments.world_size == 1
     saliency = {"before training": explain(trainer, data)} if explained else {}
+    clock.lap("saliency_before")
     report["baselines"] = measure_baselines(data, features, arguments.seed) if tables.report_baselines else {}
     clock.lap("baselines")
     trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     clock.lap("train")
     report["after"] = measured()
     clock.lap("evaluate_after")
-    if explained:
-        saliency["after training"] = explain(trainer, data)
-        evaluate_whole(trainer, data, tables.train_pairs, tables.label_column)
-        clock.lap("evaluation.json")
-    report["saliency"] = {name: shares for name, shares in saliency.items() if shares}
-
     report["counts"] = {
         "items": len(data.items),
         "eval_items": len(data.eval_items),
@@ -202,11 +201,20 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "all_parameters": sum(p.numel() for p in model.parameters()),
     }
+    save_model(trainer, output / "model", options.merge_adapter)  # before what is only for the report, which may fail
+    if trainer.is_world_process_zero():
+        for name in OF_ONE_MODEL:
+            (output / name).unlink(missing_ok=True)
+    if explained:
+        saliency["after training"] = explain(trainer, data)
+        evaluate_whole(trainer, data, tables.train_pairs, tables.label_column)
+        clock.lap("report")
+    report["saliency"] = {name: shares for name, shares in saliency.items() if shares}
+
     report["train_loss"] = trained.training_loss
     report["log"] = trainer.state.log_history
     report["settings"] = {**vars(options), **vars(tables), **json.loads(arguments.to_json_string())}
     report["seconds"] = clock.seconds
-    save_model(trainer, output / "model", options.merge_adapter)
     if trainer.is_world_process_zero():
         write_json(report, output / "metrics.json")
         if tables.report and arguments.world_size == 1:

@@ -12,11 +12,13 @@ from pathlib import Path
 import datasets
 import pytest
 from PIL import Image
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
 from training.arguments import parse
-from training.data import load_items
+from training.batches import ItemCollator
+from training.data import load_items, load_pairs
 from training.evidence import evaluate_whole
+from training.modalities import evaluate
 from training.report import headline, write_report
 from training.run import run
 
@@ -84,6 +86,7 @@ def train(model: Path, tables: Path, folder: Path, **more: object) -> None:
         "per_device_train_batch_size": 4,
         "logging_steps": 1,
         "use_cpu": True,
+        "bf16": True,
         "report_to": "none",
         "lora_r": 2,
         "merge_adapter": True,
@@ -116,6 +119,19 @@ def test_a_run_writes_its_page(finished):
         assert words in page.words
 
 
+def test_what_is_measured_is_what_is_saved(finished, tables):
+    """Training ran in bfloat16 autocast; the figures are the saved model's own, to the last digit that it prints."""
+    metrics = json.loads((finished / "metrics.json").read_text())
+    items, _ = load_items(str(tables / "items.parquet"))
+    items = items.select(items.where("split", "test"))
+    table, _ = load_pairs(str(tables / "test.jsonl"), items)
+    pairs = [(items.item_ids[query], items.item_ids[target]) for query, target in table.pairs.tolist()]
+    model = AutoModel.from_pretrained(finished / "model").eval()
+    processor = AutoProcessor.from_pretrained(finished / "model")
+    again = evaluate(model, ItemCollator(processor), items, pairs, items.column("colour"))
+    assert again == pytest.approx(metrics["after"])
+
+
 def test_a_report_that_fails_costs_no_model(tables, tiny_model_folder, tmp_path, monkeypatch):
     """Nor does an older page stand beside the new model; a picture that can't be read is listed once for all passes."""
     items = datasets.Dataset.from_parquet(str(tables / "items.parquet"))
@@ -146,6 +162,8 @@ def test_nothing_from_outside_and_no_text_is_markup(finished):
     page = page_of(finished)
     assert HOSTILE in page.words
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    assert "://" not in text and "url(" not in text and "srcset" not in text
     for _, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href"):
@@ -176,7 +194,7 @@ def test_what_a_run_does_not_have_is_said(finished, tmp_path):
     write_report(tmp_path, None)
     page = page_of(tmp_path)
     assert page.images() == []
-    for words in ("no pairs to evaluate on", "no evaluation.json", "no pictures"):
+    for words in ("no pairs to evaluate on", "no evaluation.json", "no pictures", "logged nothing", "was not measured"):
         assert words in page.words
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from tokenizers import models
 from transformers.models.llama import modeling_llama
 
 from training.batches import ItemCollator
@@ -84,6 +85,18 @@ def test_tokens_are_told_apart_whatever_the_padding_and_the_batch(variant):
             row = token_kinds(processor, ITEMS, together)[ITEMS.index(item)]
             assert torch.equal(row[row != PADDING], kinds[0])
             assert torch.equal(row == PADDING, together["attention_mask"][ITEMS.index(item)] == 0)
+
+
+def test_a_token_over_an_empty_field_is_the_template_s():
+    """Where a tokenizer merges the two quotes around it."""
+    _, processor = make_model()
+    backend = processor.tokenizer.backend_tokenizer
+    backend.model = models.BPE(vocab={**backend.get_vocab(with_added_tokens=False), '""': 300}, merges=[('"', '"')])
+    for item in ({"content": "alone"}, {"title": "red"}, {}):
+        inputs = processor([item], return_tensors="pt")
+        assert 300 in inputs["input_ids"]
+        own = inputs["input_ids"][token_kinds(processor, [item], inputs) == TEXT]
+        assert processor.tokenizer.decode(own) == "".join(item.values())
 
 
 def test_shares_and_a_model_that_is_left_as_it_was():

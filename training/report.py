@@ -196,13 +196,14 @@ def _data_uri(png: bytes) -> str:
 
 
 def items_of(run: Path, source: str | None) -> ItemTable | None:
-    """The item table of a run, or the one named; None, saying so, where the run's has gone."""
+    """The items that a run was measured on, of its table or the one named; None, saying so, where its table has gone."""
     settings = json.loads((run / "metrics.json").read_text(encoding="utf-8")).get("settings", {})
     if source is None and not Path(settings.get("items", "")).exists():
         print(f"No pictures: the run's item table {settings.get('items')!r} is not there; name it with --items.")
         return None
     items, _ = load_items(source or settings["items"], check_images=False)
-    return items
+    split = settings.get("eval_split")
+    return items.select(items.where("split", split)) if split else items
 
 
 def main() -> None:

@@ -64,6 +64,7 @@ def curves(log: Sequence[Mapping[str, float]], panels: Mapping[str, Sequence[str
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
+        axis.yaxis.get_major_formatter().set_useOffset(False)
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=7)

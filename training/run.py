@@ -189,6 +189,7 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
     clock.lap("baselines")
     trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     clock.lap("train")
+    trainer.leave_autocast()
     report["after"] = measured()
     clock.lap("evaluate_after")
     report["counts"] = {

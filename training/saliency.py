@@ -131,7 +131,8 @@ def _own_text(processor: Any, item: Item, with_image: bool) -> Tensor:
     for label, value in ((wording.title, text.title), (wording.topics, text.topics), (wording.content, text.content)):
         start = stretch.index(label, cursor) + len(label)
         cursor = start + len(value)
-        spans.append((start, cursor))
+        if value:  # a token of the template's alone, such as `""`, may reach over the place of an empty one
+            spans.append((start, cursor))
     encoded = processor.tokenizer(
         stretch, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
     )
@@ -185,9 +186,9 @@ def _explaining(model: Any, base: Any) -> Iterator[None]:
     was_training, implementation = model.training, llm.config._attn_implementation
     embeddings = base.get_input_embeddings()
     hook = embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
-    llm.set_attn_implementation("eager")
-    model.eval()
     try:
+        llm.set_attn_implementation("eager")
+        model.eval()
         with torch.enable_grad():
             yield
     finally:

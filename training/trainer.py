@@ -168,6 +168,12 @@ class NoteLLM2Trainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def leave_autocast(self) -> None:
+        """Gives the model its own forward back, in which accelerate wraps mixed precision: what is measured after training
+        is the model that is saved, in the type of its weights. Sharded models (FSDP, DeepSpeed) keep theirs."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, over `parameter_groups`."""
         if self.optimizer is None:

@@ -5,12 +5,14 @@ under the same pairs and the same number of steps, and measures all of them on t
 line of `results`; started again, finished runs are skipped. `python -m training.findings_table` makes the tables.
 """
 
+import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -114,11 +116,22 @@ def plan(config: FindingsConfig) -> list[Run]:
     ]
 
 
+@cache
+def contents_of(folder: str) -> str:
+    """A hash of the tables or weights in a folder, so that made anew they are measured anew; of nothing where it's missing."""
+    found = blake2b(digest_size=16)
+    for path in sorted([*Path(folder).glob("*.parquet"), *Path(folder).glob("*.safetensors")]):
+        with path.open("rb") as stream:
+            found.update(path.name.encode() + hashlib.file_digest(stream, partial(blake2b, digest_size=16)).digest())
+    return found.hexdigest()
+
+
 def _runs_of(config: FindingsConfig, experiment: Experiment, seed: int) -> Iterator[Run]:
     for data in experiment.sets:
         for variant in experiment.variants:
             settings = config.variants.get(variant, {})
-            what = [variant, settings, config.sets[data], experiment.items, seed, config.base, config.training]
+            inputs = [(folder, contents_of(folder)) for folder in (config.sets[data], config.base)]
+            what = [variant, settings, experiment.items, seed, config.training, inputs]
             key = blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
             yield Run(experiment.name, data, variant, seed, experiment.items, settings, key)
 

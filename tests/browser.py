@@ -69,18 +69,25 @@ class Browser:
         path.write_bytes(base64.b64decode(data))
 
     def close(self) -> None:
-        """Ends the browser."""
-        self._call("Browser.close")
-        self.process.wait(timeout=30)
+        """Ends the browser, which may be gone before it answers; one that is too slow is killed."""
+        self._send("Browser.close")
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         os.close(self._in)
         os.close(self._out)
 
-    def _call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
+    def _send(self, method: str, session: str | None = None, **parameters: Any) -> None:
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters} | (
             {"sessionId": session} if session else {}
         )
         os.write(self._out, json.dumps(message).encode() + b"\0")
+
+    def _call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
+        self._send(method, session, **parameters)
         while True:
             while b"\0" not in self._read:
                 part = os.read(self._in, 1 << 20)

@@ -24,11 +24,10 @@ from transformers import AutoModel, AutoProcessor, set_seed
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
 from training.adapters import base_of, with_lora
 from training.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
-from training.baselines import baseline_embeddings
 from training.batches import cache_vision_features
 from training.data import ItemTable
 from training.modalities import evaluate, measure
-from training.run import RunData, load_data, make_trainer
+from training.run import RunData, load_data, make_trainer, measure_baselines
 from training.sampling import DistinctItemsSampler
 from training.vision_cache import VisionCache
 
@@ -171,17 +170,14 @@ def measure_baseline(
     data: RunData,
 ) -> Metrics:
     """A baseline, under `both/`, or for MiniLM, which reads texts only, under `text/`."""
-    everything = list(range(len(data.eval_items)))
     if name.startswith("MiniLM"):
+        everything = list(range(len(data.eval_items)))
         embeddings = minilm_embeddings(data, arguments if name.endswith("trained") else None)
         return measure("text", embeddings, everything, data.eval_items, data.eval_pairs, data.labels)
     model, processor = build(options.model, {})
     features = vision_features(model, processor, data.items, tables)
-    items = list(data.items)
-    pairs = [(items[query]["item_id"], items[target]["item_id"]) for query, target in data.train.pairs.tolist()]
-    summary = torch.stack([features.summary(item) for item in items])
-    embeddings = baseline_embeddings(items, summary, pairs, arguments.seed)[name][data.eval_positions]
-    return measure("both", embeddings, everything, data.eval_items, data.eval_pairs, data.labels)
+    metrics = measure_baselines(data, features, arguments.seed)
+    return {key.replace(name, "both", 1): value for key, value in metrics.items() if key.startswith(f"{name}/")}
 
 
 def minilm_embeddings(data: RunData, arguments: NoteLLM2TrainingArguments | None) -> torch.Tensor:

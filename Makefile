@@ -27,15 +27,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python hub/assemble.py --output $(DEMO)/base $(DEMO_SIZES)
-	$(BIN)/python -m training.emoji_items --output $(DEMO)/data
+	$(BIN)/python -m training.experiments.emoji --output $(DEMO)/data
 	$(BIN)/python training/run.py training/configs/demo.yaml
 
 findings: $(STAMP)
 	$(BIN)/python hub/assemble.py --output $(FINDINGS)/base $(FINDINGS_SIZES)
-	$(BIN)/python -m training.emoji_items --output $(DEMO)/data
-	$(BIN)/python -m training.openmoji_items --output runs/openmoji/data
-	$(BIN)/python -m training.findings training/configs/findings.yaml
-	$(BIN)/python -m training.findings_table $(FINDINGS)/results.jsonl
+	$(BIN)/python -m training.experiments.emoji --output $(DEMO)/data
+	$(BIN)/python -m training.experiments.openmoji --output runs/openmoji/data
+	$(BIN)/python -m training.experiments.findings training/experiments/findings.yaml
+	$(BIN)/python -m training.experiments.findings_table $(FINDINGS)/results.jsonl
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest

@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers import HfArgumentParser
 
-from hub.app_search import Hit, ItemSearch, QueryError, open_search
+from hub.pages.app_search import Hit, ItemSearch, QueryError, open_search
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hub.packaged_backbones import keep_layers, load_efficientnet_lite0, load_smollm2
+from hub.backbones.packaged import keep_layers, load_efficientnet_lite0, load_smollm2
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 
 

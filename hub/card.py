@@ -17,12 +17,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import HfArgumentParser
 
-from hub.card_findings import eval_results, findings, model_metrics, protocol, read_metrics, results_table
-from hub.card_model import DescribedModel, check_id, is_hub_id, read_model
-from hub.gallery_page import write_whole
+from hub.cards.findings import eval_results, findings, model_metrics, protocol, read_metrics, results_table
+from hub.cards.model import DescribedModel, check_id, is_hub_id, read_model
+from hub.pages.gallery import write_whole
 
 
-TEMPLATE = Path(__file__).with_name("card.md.jinja")
+TEMPLATE = Path(__file__).parent / "cards" / "card.md.jinja"
 CARD = "README.md"
 PNG = b"\x89PNG\r\n\x1a\n"
 MARKER = "<!-- written by hub/card.py: an edited card without this line is kept -->"

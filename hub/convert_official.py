@@ -5,7 +5,7 @@
 The weights are a state dict under the research code's parameter names: .safetensors; .bin/.pt/.pth, such as DeepSpeed's
 zero_to_fp32.py writes, of which nothing is executed; or the .index.json of one in several files. The config is JSON with the
 sizes and flags, as in `tests/reference/official/*/config.json`. Both of the research code's LLMs are read: Llama, and Qwen 1
-(`text_config` as in Qwen-7B's config.json, with `"model_type": "qwen"`), which becomes a Qwen2 (see `hub/convert_qwen.py`).
+(`text_config` as in Qwen-7B's config.json, with `"model_type": "qwen"`), which becomes a Qwen2 (see `hub/backbones/qwen.py`).
 """
 
 import json
@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
-from hub.convert_qwen import qwen2_config, qwen2_weights
+from hub.backbones.qwen import qwen2_config, qwen2_weights
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 
 

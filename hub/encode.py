@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, HfArgumentParser
 
-from hub.encoder import EncodedBlock, ItemEncoder, PreparedBlock
-from hub.item_tables import ItemTable, open_items
-from hub.shards import (
+from hub.catalogue.encoder import EncodedBlock, ItemEncoder, PreparedBlock
+from hub.catalogue.item_tables import ItemTable, open_items
+from hub.catalogue.shards import (
     ARROW_TYPES,
     REJECTS,
     Plan,
@@ -148,7 +148,7 @@ def run_engine(
     if not blocks:
         return iter(())
     if arguments.engine == "ray":
-        from hub.ray_engine import RayOptions, encode_with_ray  # Ray is an extra
+        from hub.catalogue.ray_engine import RayOptions, encode_with_ray  # Ray is an extra
 
         options = RayOptions(
             arguments.ray_address,

@@ -23,9 +23,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, HfArgumentParser
 
-from hub.encoder import ItemEncoder, Reject
-from hub.gallery_page import View, nearest, write_gallery, write_whole
-from hub.item_tables import ItemTable, TableRow, open_items
+from hub.catalogue.encoder import ItemEncoder, Reject
+from hub.catalogue.item_tables import ItemTable, TableRow, open_items
+from hub.pages.gallery import View, nearest, write_gallery, write_whole
 from modeling_notellm2.rows_notellm2 import BadRow, item_from_row, read_csv_rows, read_json_rows, row_id
 
 

@@ -26,12 +26,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import HfArgumentParser
 
-from hub.catalogue import EMBEDDING, VISUAL_EMBEDDING, Catalogue, new_folder, rows_of_ids
+from hub.catalogue.catalogue import EMBEDDING, VISUAL_EMBEDDING, Catalogue, new_folder, rows_of_ids
+from hub.catalogue.encoder import ItemEncoder
+from hub.catalogue.exports import FORMATS, export
+from hub.catalogue.item_tables import TableRow, open_items
+from hub.catalogue.shards import write_json
 from hub.encode import describe_model, find_model
-from hub.encoder import ItemEncoder
-from hub.item_tables import TableRow, open_items
-from hub.shards import write_json
-from hub.vector_exports import FORMATS, export
 
 
 INDEX_FILE, IDS_FILE, RECORD = "index.faiss", "ids.arrow", "index.json"

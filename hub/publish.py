@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from hub.dataset_publishing import DataDetails, prepare_dataset
-from hub.publish_checks import RefusedError
-from hub.publish_model import ModelDetails, prepare_model
-from hub.publishing import Destination, Publication, listing, push
-from hub.space import SpaceDetails, prepare_space
+from hub.publishing.checks import RefusedError
+from hub.publishing.dataset import DataDetails, prepare_dataset
+from hub.publishing.model import ModelDetails, prepare_model
+from hub.publishing.sending import Destination, Publication, listing, push
+from hub.publishing.space import SpaceDetails, prepare_space
 
 
 @dataclass

@@ -23,7 +23,7 @@ left out, with the reason). `evaluate_model` gives the same content to Python ca
 
 EMBEDDING: "both", "image", "text" (what the model is shown) and "visual" (the visual embedding of a model with mICL); one
 is missing where no pair has what it needs. Protocol "published": each kept pair's target among all items that are no
-query; "multi_positive": all known targets of a query among all items but itself (`training.retrieval`).
+query; "multi_positive": all known targets of a query among all items but itself (`training.evaluation.retrieval`).
 METRIC: "recall@k", "ndcg@k", "mrr", and "hit_rate@k" (multi-positive). INTERVAL: {"value": float, "low": float,
 "high": float}, a bootstrap interval over queries. rank_percentiles: e.g. "90": nine of ten targets rank there or better.
 Slices are of the published protocol's queries, "group" being e.g. "query text length", "target popularity",
@@ -43,12 +43,8 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
-from training.adapters import base_of
-from training.batches import ItemCollator
-from training.data import ItemTable, TableError, load_items, load_pairs
-from training.evaluation_plots import draw_plots
-from training.evaluation_tables import as_markdown, show
-from training.metrics import (
+from training.evaluation.embed import NEIGHBOURS, Pairs, View, views
+from training.evaluation.metrics import (
     Bootstrap,
     PerQuery,
     compare,
@@ -57,8 +53,7 @@ from training.metrics import (
     published_metrics,
     rank_percentiles,
 )
-from training.modalities import NEIGHBOURS, Pairs, View, views
-from training.retrieval import (
+from training.evaluation.retrieval import (
     RetrievalResult,
     expected_precision,
     nearest,
@@ -66,9 +61,14 @@ from training.retrieval import (
     rank_all_targets,
     rank_targets,
 )
-from training.slices import ItemFacts, count_in_pairs, item_facts, measure_slices, query_slices
-from training.tables import write_rejects
-from training.vision_cache import VisionCache
+from training.evaluation.slices import ItemFacts, count_in_pairs, item_facts, measure_slices, query_slices
+from training.reporting.evaluation_plots import draw_plots
+from training.reporting.evaluation_tables import as_markdown, show
+from training.tables.items import ItemTable, TableError, load_items, load_pairs
+from training.tables.reading import write_rejects
+from training.trainer.adapters import base_of
+from training.trainer.batches import ItemCollator
+from training.trainer.vision_cache import VisionCache
 
 
 @dataclass
@@ -158,7 +158,7 @@ def evaluate_model(
         pairs: (query id, target id).
         other: another model and its processor, for the comparison.
         labels: a category for each item.
-        popularity: (n,) integer, train pairs that each item is in (`training.slices.count_in_pairs`).
+        popularity: (n,) integer, train pairs that each item is in (`training.evaluation.slices.count_in_pairs`).
         rejects: JSON lines file to which images that can't be read are added.
         features: stored vision features of `model`'s encoder.
 

@@ -22,10 +22,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
-from training.batches import ItemCollator
-from training.data import ItemTable, MatchedPairs, TableError, load_items, match_pairs
-from training.modalities import embed
-from training.negatives import KnownPositives, image_hashes, text_hashes
+from training.evaluation.embed import embed
+from training.tables.items import ItemTable, MatchedPairs, TableError, load_items, match_pairs
+from training.trainer.batches import ItemCollator
+from training.trainer.false_negatives import KnownPositives, image_hashes, text_hashes
 
 
 BLOCK = 4096

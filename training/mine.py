@@ -1,7 +1,7 @@
 """Mine pairs of related items from an interaction log: `python training/mine.py --interactions LOG --output PAIRS.parquet`.
 
-Scores, options and their exact meaning: `training.mining`. The query items are mined in parts, each finished before the
-next, so that memory is bounded by a part and not by the log. Writes the pairs (query_id, target_id, score, users), for
+Scores, options and their exact meaning: `training.mining.cooccurrence`. The query items are mined in parts, each finished before
+the next, so that memory is bounded by a part and not by the log. Writes the pairs (query_id, target_id, score, users), for
 either side of --split_time if given, and beside the output `PAIRS.rejects.jsonl`: rows of the log that were left out.
 """
 
@@ -24,7 +24,7 @@ from rich.table import Table as RichTable
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from training.mining import (
+from training.mining.cooccurrence import (
     LAST_TIME,
     LOG_COLUMNS,
     MILLISECONDS,
@@ -41,7 +41,7 @@ from training.mining import (
     plan_parts,
     users_per_item,
 )
-from training.mining_engines import kept, opened, read_log
+from training.mining.engines import kept, opened, read_log
 
 
 PAIR_SCHEMA = pa.schema(

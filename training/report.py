@@ -20,10 +20,10 @@ from transformers import HfArgumentParser
 
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.prompts_notellm2 import ItemError
-from training.data import ItemTable, TableError, load_items
-from training.evaluation_tables import label_rows, metric_rows, short_slice_rows
-from training.report_plots import draw_report_plots
-from training.summary import result_rows
+from training.reporting.evaluation_tables import label_rows, metric_rows, short_slice_rows
+from training.reporting.run_plots import draw_report_plots
+from training.reporting.summary import result_rows
+from training.tables.items import ItemTable, TableError, load_items
 
 
 PAGE = "report.html"
@@ -66,7 +66,7 @@ def write_report(run: Path, items: ItemTable | None) -> Path:
         plots |= {name: run / place for name, place in evaluation["plots"].items() if (run / place).exists()}
     pictures = _Pictures(items)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "reporting"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

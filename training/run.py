@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from transformers import AutoProcessor, set_seed
 
-from training.adapters import base_of, load_trainable
-from training.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
-from training.batches import ItemCollator, PairCollator, PairDataset, cache_vision_features
-from training.checkpoints import checkpoint_to_resume
-from training.data import ItemTable, PairTable, TableError, load_items, load_pairs
-from training.evidence import evaluate_whole, explain
-from training.modalities import evaluate, evaluate_in_training, measure, random_expectation
-from training.negatives import FalseNegatives
+from training.evaluation.embed import evaluate, evaluate_in_training, measure, random_expectation
+from training.evaluation.evidence import evaluate_whole, explain
 from training.report import write_report
-from training.sampling import item_lengths
-from training.summary import show
-from training.tables import Rejects, write_rejects
-from training.trainer import NoteLLM2Trainer
-from training.validate import validate
-from training.vision_cache import VisionCache
+from training.reporting.summary import show
+from training.tables.items import ItemTable, PairTable, TableError, load_items, load_pairs
+from training.tables.reading import Rejects, write_rejects
+from training.tables.validate import validate
+from training.trainer.adapters import base_of, load_trainable
+from training.trainer.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
+from training.trainer.batches import ItemCollator, PairCollator, PairDataset, cache_vision_features
+from training.trainer.checkpoints import checkpoint_to_resume
+from training.trainer.false_negatives import FalseNegatives
+from training.trainer.sampling import item_lengths
+from training.trainer.trainer import NoteLLM2Trainer
+from training.trainer.vision_cache import VisionCache
 
 
 OF_ONE_MODEL = ("evaluation.json", "evaluation.md", "report.html")
@@ -91,7 +91,7 @@ def save_model(trainer: NoteLLM2Trainer, folder: Path, merge: bool) -> None:
 
 def measure_baselines(data: RunData, features: VisionCache | None, seed: int) -> dict[str, float]:
     """Metrics of embeddings that need no LLM, under the same protocol as the model."""
-    from training.baselines import baseline_embeddings  # scikit-learn: only needed here
+    from training.evaluation.baselines import baseline_embeddings  # scikit-learn: only needed here
 
     if features is None:
         raise ValueError("report_baselines needs cache_vision_features and items with images.")

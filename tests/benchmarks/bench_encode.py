@@ -24,13 +24,13 @@ import ray
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, HfArgumentParser, LlamaConfig, LlamaModel
 
-from hub.encoder import ItemEncoder
-from hub.item_tables import open_items
-from hub.ray_engine import RayOptions, encode_with_ray
-from hub.shards import Plan
+from hub.catalogue.encoder import ItemEncoder
+from hub.catalogue.item_tables import open_items
+from hub.catalogue.ray_engine import RayOptions, encode_with_ray
+from hub.catalogue.shards import Plan
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
-from tests.catalogue import make_items
 from tests.conftest import QFORMER, make_image_processor, make_tokenizer
+from tests.support.catalogue import make_items
 
 
 ROWS = 16

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from training.retrieval import ROWS, TILE, rank_targets
+from training.evaluation.retrieval import ROWS, TILE, rank_targets
 
 
 @dataclass

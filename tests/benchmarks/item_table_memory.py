@@ -56,7 +56,7 @@ def make_tables(folder: Path, items: int) -> None:
 
 def measure(side: str, folder: Path) -> dict[str, float]:
     """Seconds and megabytes of this process."""
-    from training.data import load_items, load_pairs
+    from training.tables.items import load_items, load_pairs
 
     peak, before = 0.0, anonymous_mb()
     finished = threading.Event()

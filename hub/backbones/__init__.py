@@ -1,0 +1,1 @@
+"""Where the halves of a model come from."""

@@ -1,0 +1,1 @@
+"""Encoding a whole catalogue, and reading what that wrote."""

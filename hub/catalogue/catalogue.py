@@ -1,0 +1,175 @@
+"""An encoded catalogue as an index or an export reads it: checked against its manifest first, then batch by batch.
+
+Titles are not in the shards. They come from the item table, whose order the shards kept, so both are walked once side by
+side and nothing has to be looked up.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from hub.catalogue.item_tables import ItemTable
+from hub.catalogue.shards import MANIFEST, ShardError, file_sha256
+from modeling_notellm2.rows_notellm2 import row_id
+
+
+EMBEDDING, VISUAL_EMBEDDING = "embedding", "visual_embedding"
+READ_ROWS = 65536
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some items of a catalogue.
+
+    Attributes:
+        item_ids: n strings.
+        vectors: `(n, d)` float32, whatever type they are stored in.
+        titles: n strings or nulls; None without an item table.
+    """
+
+    item_ids: pa.Array
+    vectors: np.ndarray
+    titles: pa.Array | None = None
+
+    def metadata(self) -> dict[str, pa.Array]:
+        """What is known of the items apart from their vectors, as columns."""
+        return {"item_id": self.item_ids} | ({} if self.titles is None else {"title": self.titles})
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """A complete folder of shards whose checksums are right; made by `open`."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Catalogue":
+        """Check a folder that hub/encode.py wrote.
+
+        Raises:
+            ShardError: when it is none, is not complete, or a shard is missing, has changed, or is one too many.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise ShardError(f"{folder}: no {MANIFEST}; pass a folder that hub/encode.py wrote.")
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not manifest["complete"]:
+            raise ShardError(f"{folder}: the encoding job is not finished; start it again with the same options.")
+        shards = manifest["shards"]
+        there = {path.name for path in folder.glob("shard-*.parquet")}
+        faults = [f"{name} is missing" for name in sorted(shards.keys() - there)]
+        faults += [f"{name} is not in the manifest" for name in sorted(there - shards.keys())]
+        with tqdm(sorted(there & shards.keys()), desc="Checking shards", unit="shard", leave=False) as bar:
+            faults += [f"{name} has changed" for name in bar if file_sha256(folder / name) != shards[name]["sha256"]]
+        if faults:
+            raise ShardError(
+                f"{folder} is not what was encoded: {', '.join(faults)}. Run hub/encode.py again to mend it."
+            )
+        if not manifest["counts"]["items"]:
+            raise ShardError(f"{folder}: no item in it.")
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return self.manifest["counts"]["items"]
+
+    @property
+    def width(self) -> int:
+        return self.manifest["width"]
+
+    def batches(self, column: str = EMBEDDING, table: ItemTable | None = None) -> Iterator[Batch]:
+        """Items in table order, with a progress bar over all of them.
+
+        Args:
+            column: "embedding", or "visual_embedding", of the items with an image alone.
+            table: the item table that was encoded, for titles.
+
+        Raises:
+            ShardError: when there is no such column, or an item is not in `table`.
+        """
+        with tqdm(total=len(self), desc="Reading items", unit="item") as bar:
+            titles = None if table is None else _Titles(table)
+            for name in sorted(self.manifest["shards"]):
+                for batch in self._read(self.folder / name, column):
+                    yield Batch(batch.item_ids, batch.vectors, titles.of(batch.item_ids) if titles else None)
+                bar.update(self.manifest["shards"][name]["items"])
+
+    def _read(self, path: Path, column: str) -> Iterator[Batch]:
+        with pq.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                raise ShardError(f"{self.folder} has no {column}s; encode with --visual.")
+            names = ["item_id", column, *(["has_image"] if column == VISUAL_EMBEDDING else [])]
+            for rows in file.iter_batches(READ_ROWS, columns=names):
+                kept = rows.filter(rows.column("has_image")) if column == VISUAL_EMBEDDING else rows
+                flat = kept.column(column).flatten().to_numpy(zero_copy_only=False)
+                vectors = flat.astype(np.float32).reshape(len(kept), self.width) / np.float32(self.manifest["scale"])
+                if len(kept):
+                    yield Batch(kept.column("item_id"), vectors)
+
+
+class _Titles:
+    """Titles for ids that come in the order of the table, rejected rows skipped."""
+
+    def __init__(self, table: ItemTable):
+        self.source = table.source
+        self.rows = table.read(0, len(table))
+
+    def of(self, item_ids: pa.Array) -> pa.Array:
+        return pa.array([self._title(item_id) for item_id in item_ids.to_pylist()], pa.string())
+
+    def _title(self, item_id: str) -> str | None:
+        for row in self.rows:
+            if isinstance(row.raw, dict) and row_id(row.raw.get("item_id")) == item_id:
+                title = row.raw.get("title")
+                return None if title is None else str(title).encode("utf-8", "replace").decode()
+        raise ShardError(
+            f"item_id {item_id!r} is not where it should be in {self.source}: pass the table that was encoded."
+        )
+
+
+def rows_of_ids(column: pa.ChunkedArray, item_ids: list[str]) -> list[int | None]:
+    """Row of each id in a column; None for an id that is not there. One pass over the column for all of them."""
+    matches = pc.index_in(column, value_set=pa.array(item_ids, pa.string()))
+    rows = np.flatnonzero(pc.is_valid(matches).to_numpy())
+    found = {item_ids[match]: row for match, row in zip(matches.take(rows).to_pylist(), rows.tolist(), strict=True)}
+    return [found.get(item_id) for item_id in item_ids]
+
+
+@contextlib.contextmanager
+def new_folder(output: Path, record: str) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of `output`.
+
+    Args:
+        record: a file that every result of this kind has. Only a folder with it is replaced.
+
+    Raises:
+        ValueError: when `output` is there and is something else.
+    """
+    if output.exists() and not (output / record).is_file():
+        raise ValueError(f"{output} exists and is no result of this command; choose another --output.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        yield beside
+        beside.chmod(0o755)  # mkdtemp's folders are private
+        if output.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+            os.replace(output, old)
+            beside.rename(output)
+            shutil.rmtree(old)
+        else:
+            beside.rename(output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,239 @@
+"""From rows of an item table to embeddings: the one encoder that every way of running a catalogue job uses.
+
+Its two halves need different machines: `prepare` reads texts and opens pictures on CPUs, `embed` runs the model. Between
+them goes a `PreparedBlock`. A row that can't be used becomes a `Reject`, and its neighbours never notice.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, AutoProcessor
+
+from hub.catalogue.item_tables import TableRow
+from modeling_notellm2 import ItemError
+from modeling_notellm2.prompts_notellm2 import WORDINGS, item_text
+from modeling_notellm2.rows_notellm2 import BadRow, item_from_row, row_id
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an item stands: its id, the file (or split) of its table, and the row in it, from 0."""
+
+    item_id: str
+    file: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that is left out, and why."""
+
+    place: Place
+    reason: str
+
+
+@dataclass(frozen=True)
+class PreparedBlock:
+    """Usable items of a block of rows, ready for the model, in the order in which they are batched.
+
+    Attributes:
+        number: of the block in the table.
+        places: n items, in batch order.
+        order: position of each of them among the items in table order.
+        input_ids: token ids of each, unpadded.
+        num_images: of each.
+        pixel_values: `(images, channels, height, width)` of all of them, or None.
+        rejects: rows left out so far.
+    """
+
+    number: int
+    places: list[Place]
+    order: list[int]
+    input_ids: list[list[int]]
+    num_images: list[int]
+    pixel_values: torch.Tensor | None
+    rejects: list[Reject]
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """Embeddings of a block of rows, in table order.
+
+    Attributes:
+        number: of the block in the table.
+        item_ids: n ids.
+        embeddings: `(n, d)` float32, L2-normalised.
+        visual_embeddings: `(n, d)` float32, zeros where there is no image; None if not asked for.
+        has_image: `(n,)` bool.
+        rejects: rows left out.
+    """
+
+    number: int
+    item_ids: list[str]
+    embeddings: np.ndarray
+    visual_embeddings: np.ndarray | None
+    has_image: np.ndarray
+    rejects: list[Reject]
+
+
+@dataclass(frozen=True)
+class ItemEncoder:
+    """A model with its processor, each loaded in the process that first needs it.
+
+    Args:
+        model_path: folder with model and processor.
+        dtype: of the weights: float32, bfloat16 or float16.
+        device: as torch names it.
+        batch_size: items in a batch.
+        visual: give visual embeddings too; needs a model with mICL.
+        compile: run the model through `torch.compile`.
+    """
+
+    model_path: str
+    dtype: str = "float32"
+    device: str = "cpu"
+    batch_size: int = 32
+    visual: bool = False
+    compile: bool = False
+
+    @cached_property
+    def processor(self) -> Any:
+        return AutoProcessor.from_pretrained(self.model_path, trust_remote_code=True)
+
+    @cached_property
+    def model(self) -> Any:
+        model = AutoModel.from_pretrained(self.model_path, trust_remote_code=True, dtype=getattr(torch, self.dtype))
+        model = model.eval().to(self.device)
+        return torch.compile(model, dynamic=True) if self.compile else model
+
+    def prepare(self, number: int, rows: Iterable[TableRow]) -> PreparedBlock:
+        """Texts to token ids, pictures to pixels, and similar items side by side so that batches have little padding.
+
+        Each item goes through the processor alone: one unreadable picture spoils nothing else, and no more than one
+        picture is open at its full size.
+        """
+        places, prepared, rejects = [], [], []
+        for row in rows:
+            place = _place_of(row)
+            try:
+                prepared.append(self._prepare_item(place, row))
+                places.append(place)
+            except Exception as error:  # picture decoders raise errors of every kind; whatever it is, it is listed
+                rejects.append(Reject(place, _reason(error)))
+        sizes = [(one["num_images"][0], len(one["input_ids"][0])) for one in prepared]
+        order = sorted(range(len(places)), key=lambda at: (sizes[at], at))
+        pixels = [prepared[at]["pixel_values"] for at in order if "pixel_values" in prepared[at]]
+        return PreparedBlock(
+            number,
+            [places[at] for at in order],
+            order,
+            [prepared[at]["input_ids"][0] for at in order],
+            [prepared[at]["num_images"][0] for at in order],
+            torch.cat(pixels) if pixels else None,
+            rejects,
+        )
+
+    def embed(self, block: PreparedBlock) -> EncodedBlock:
+        """Runs the model over the block's batches and puts the items back in table order."""
+        embeddings, visual = (np.zeros((len(block.places), self.width), np.float32) for _ in range(2))
+        first = 0
+        for batch in self._batches(block):
+            places_now = block.order[first : first + len(batch["input_ids"])]
+            embeddings[places_now], visual[places_now] = self._embed_batch(batch)
+            first += len(places_now)
+        back = np.argsort(block.order)
+        finite = np.isfinite(embeddings).all(1) & np.isfinite(visual).all(1)
+        places = [block.places[at] for at in back]
+        lost = [
+            Reject(place, f"the model's embedding is not finite in {self.dtype}")
+            for place, is_finite in zip(places, finite, strict=True)
+            if not is_finite
+        ]
+        return EncodedBlock(
+            block.number,
+            [place.item_id for place, is_finite in zip(places, finite, strict=True) if is_finite],
+            embeddings[finite],
+            visual[finite] if self.visual else None,
+            np.array(block.num_images, dtype=np.int64)[back][finite] > 0,
+            [*block.rejects, *lost],
+        )
+
+    @property
+    def width(self) -> int:
+        """Of the embeddings."""
+        config = self.model.config
+        return config.embedding_dim or config.text_config.hidden_size
+
+    def _prepare_item(self, place: Place, row: TableRow) -> Any:
+        """The processor's output for one item.
+
+        Raises:
+            ValueError: for a row that is no usable item.
+        """
+        if isinstance(row.raw, BadRow):
+            raise ItemError(row.raw.reason)
+        if not place.item_id:
+            raise ItemError("item_id is missing")
+        if row.repeated:
+            raise ItemError("item_id stands in an earlier row")
+        if place.item_id != row_id(row.raw.get("item_id")):
+            raise ItemError("item_id is not valid Unicode")
+        try:
+            item = item_from_row(row.raw, row.folder)
+        except (ValueError, TypeError) as error:
+            raise ItemError(f"unreadable topics: {error}") from error
+        del item["item_id"]  # rejects name it; the processor's messages shall not repeat it
+        text = item_text(item, WORDINGS[self.processor.prompt_language], self.processor.limits, lambda text, _: text)
+        if not (text.title or text.topics or text.content or "image" in item):
+            raise ItemError("neither text nor image")
+        return self.processor(item, padding=False)
+
+    def _batches(self, block: PreparedBlock) -> Iterator[dict[str, torch.Tensor]]:
+        tokenizer = self.processor.tokenizer
+        padding = {"batch_first": True, "padding_side": tokenizer.padding_side}
+        image = 0
+        for first in range(0, len(block.places), self.batch_size):
+            ids = [torch.tensor(of_item) for of_item in block.input_ids[first : first + self.batch_size]]
+            counts = block.num_images[first : first + self.batch_size]
+            batch = {
+                "input_ids": pad_sequence(ids, padding_value=tokenizer.pad_token_id or 0, **padding),
+                "attention_mask": pad_sequence([torch.ones_like(of_item) for of_item in ids], **padding),
+                "num_images": torch.tensor(counts),
+            }
+            if sum(counts):
+                batch["pixel_values"] = block.pixel_values[image : image + sum(counts)]
+                image += sum(counts)
+            yield batch
+
+    @torch.inference_mode()
+    def _embed_batch(self, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        """Multimodal and visual embeddings, `(n, d)` float32 both; the latter zeros if not asked for."""
+        output = self.model(**{name: tensor.to(self.device) for name, tensor in batch.items()})
+        embeddings = output.embeddings.float().cpu().numpy()
+        return embeddings, output.visual_embeddings.float().cpu().numpy() if self.visual else np.zeros_like(embeddings)
+
+
+def _place_of(row: TableRow) -> Place:
+    item_id = "" if isinstance(row.raw, BadRow) else row_id(row.raw.get("item_id"))
+    return Place(_valid(item_id), row.file, row.number)
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line of valid Unicode, the same in every run.
+
+    The processor saw the item as row 0 of a batch, which tells nobody anything; addresses of objects change.
+    """
+    text = re.sub(r" (object )?at 0x[0-9a-f]+", "", " ".join(str(error).split()).removeprefix("row 0: "))
+    text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+    return _valid(text)
+
+
+def _valid(text: str) -> str:
+    """Half a surrogate pair, which JSON can hold and Arrow can't, as a question mark."""
+    return text.encode("utf-8", "replace").decode()

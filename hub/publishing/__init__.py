@@ -1,0 +1,1 @@
+"""Models, adapters, data sets and the app on their way to the Hub."""

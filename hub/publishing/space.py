@@ -1,0 +1,160 @@
+"""The demo app as a Gradio Space: its code, index and items, and which model of the Hub it loads.
+
+Of this project only the files that `hub/app.py` imports go along.
+"""
+
+import ast
+import json
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from hub.cards.model import check_id, is_hub_id
+from hub.catalogue.item_tables import open_items
+from hub.index import RECORD
+from hub.publishing.checks import RefusedError, file_faults
+from hub.publishing.dataset import RejectsFile, write_items
+from hub.publishing.model import portable
+from hub.publishing.sending import Publication
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("hub", "modeling_notellm2")
+EXTRA = "encode"
+"""Optional dependencies of pyproject.toml that the app needs; Gradio comes with the Space."""
+START = """# Starts the app with this Space's model, indexes and items.
+from hub.app import main
+
+if __name__ == "__main__":
+    main({options})
+"""
+README = """# Related items
+
+Pick an item or bring a picture and a text of your own, and see its neighbours by
+[{model}](https://huggingface.co/{model}): by both, by the picture or by the text alone.
+"""
+
+
+@dataclass(frozen=True)
+class SpaceDetails:
+    """What the app shows.
+
+    Attributes:
+        repo: ORG/NAME of the Space.
+        model: Hub id of the model.
+        index, visual_index: folders that `hub/index.py` wrote, the second with `--visual`; None: there is none.
+        items: item table that was indexed; a file's or folder's items are put into the Space with their pictures, a Hub
+            dataset is named.
+    """
+
+    repo: str
+    model: str
+    index: str
+    items: str
+    visual_index: str | None = None
+
+
+def prepare_space(details: SpaceDetails, staging: Path, rejects: Path) -> Publication:
+    """Puts together what the Space holds.
+
+    Args:
+        staging: an empty folder.
+        rejects: file that lists items left out.
+
+    Raises:
+        ValueError: for a model that is no Hub id, or an index that isn't there.
+        TableError: for items that can't be read.
+        RefusedError: naming every reason against publishing.
+    """
+    if Path(details.model).exists() or not is_hub_id(details.model):
+        raise ValueError(
+            f"{details.model}: a Space loads its model from the Hub. Publish it first, and name it ORG/NAME."
+        )
+    check_id(details.repo)
+    files, options = {}, {"model": details.model, "items": details.items, "host": "0.0.0.0"}
+    for name, folder in (("index", details.index), ("visual_index", details.visual_index)):
+        if folder is not None:
+            files |= index_files(Path(folder), name, staging)
+            options[name] = name
+    files |= {path.relative_to(ROOT).as_posix(): path for path in code_files("hub.app")}
+    if Path(details.items).exists():
+        options["items"] = "items"
+        with RejectsFile(rejects) as listed:
+            write_items(open_items(details.items), staging / "items", listed, set())
+        files |= {f"items/{path.name}": path for path in sorted((staging / "items" / "data").iterdir())}
+    for name, text in texts(details, options).items():
+        (staging / name).write_text(text, encoding="utf-8")
+        files[name] = staging / name
+    if faults := file_faults(files):
+        raise RefusedError(faults)
+    return Publication("space", files, ("index/*", "visual_index/*", "items/*"), sdk="gradio")
+
+
+def index_files(folder: Path, name: str, staging: Path) -> dict[str, Path]:
+    """Files of an index by their path in the Space; their JSON without paths of this machine.
+
+    Raises:
+        ValueError: for a folder that is no index.
+    """
+    if not (folder / RECORD).is_file():
+        raise ValueError(f"{folder}: no index; pass a folder that hub/index.py wrote.")
+    record = staging / name / RECORD
+    record.parent.mkdir()
+    record.write_text(json.dumps(portable(json.loads((folder / RECORD).read_text(encoding="utf-8")))), encoding="utf-8")
+    return {f"{name}/{path.name}": path for path in sorted(folder.iterdir())} | {f"{name}/{RECORD}": record}
+
+
+def texts(details: SpaceDetails, options: dict[str, str]) -> dict[str, str]:
+    """The Space's own files: entry point, requirements and README with the settings that the Hub reads."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"][EXTRA], "huggingface_hub"]
+    settings = {
+        "title": "Related items",
+        "sdk": "gradio",
+        "sdk_version": version("gradio"),
+        "python_version": project["requires-python"].strip(">=~"),
+        "app_file": "app.py",
+        "models": [details.model],
+        "license": "apache-2.0",
+        "tags": ["notellm2"],
+    }
+    head = yaml.safe_dump(settings, sort_keys=False)
+    return {
+        "app.py": START.format(options=[part for name, value in options.items() for part in (f"--{name}", value)]),
+        "requirements.txt": "\n".join(requirements) + "\n",
+        "README.md": f"---\n{head}---\n\n{README.format(model=details.model)}",
+    }
+
+
+def code_files(module: str) -> list[Path]:
+    """Files of this project that a module needs: those it imports, and theirs, with the templates they name."""
+    found: set[Path] = set()
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        path = ROOT.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if not path.is_file() or path in found:
+            continue
+        text = path.read_text(encoding="utf-8")
+        found |= {path, *(other for other in path.parent.glob("*.jinja") if other.name in text)}
+        pending += [*imports_of(path), *([name.rpartition(".")[0]] if "." in name else [])]
+    return sorted(found)
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Modules of this project that a file imports, in functions too."""
+    package = path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = f"{package}.{node.module}" if node.level else node.module or ""
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] in PACKAGES)

@@ -1,0 +1,1 @@
+"""What tests stand on: a stand-in Hub, a browser, tiny models."""

@@ -1,0 +1,84 @@
+"""Item tables of the encoder's tests: good rows of all shapes, rows with every fault, and what the shards hold."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from hub.catalogue.shards import MANIFEST
+from hub.encode import EncodeArguments
+
+
+SMALL = {"batch_size": 4, "rows_per_block": 8, "rows_per_shard": 16, "num_workers": 0, "device": "cpu"}
+
+
+def png(number: int, side: int = 24) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side + number % 7, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def make_items(count: int) -> list[dict]:
+    """Items of all shapes: with and without picture, texts of many lengths."""
+    words = ["tree", "river", "stone", "lamp", "paper", "glass", "cloud", "wheel"]
+    return [
+        {
+            "item_id": f"n{number}",
+            "title": words[number % 8] if number % 3 else None,
+            "topics": words[: number % 4],
+            "content": " ".join(words[: 1 + number % 8]) + str(number),
+            "image": png(number) if number % 5 else None,
+        }
+        for number in range(count)
+    ]
+
+
+def arguments(model: Path, items: Path, output: Path, **options) -> EncodeArguments:
+    return EncodeArguments(str(model), str(items), str(output), **{**SMALL, **options})
+
+
+def write_items(items: list[dict], path: Path) -> Path:
+    pq.write_table(pa.Table.from_pylist(items), path, row_group_size=13)
+    return path
+
+
+def read_shards(folder: Path) -> pa.Table:
+    return pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob("shard-*.parquet")))
+
+
+def vectors(table: pa.Table, column: str = "embedding") -> np.ndarray:
+    return np.array(table.column(column).to_pylist(), dtype=np.float32)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["complete"]
+    return {name: shard["sha256"] for name, shard in manifest["shards"].items()}
+
+
+def messy_rows() -> tuple[list[str], dict[int, tuple[str, str]]]:
+    """JSON lines with every kind of fault, and for each faulty line its id and a part of its reason."""
+    good = make_items(40)
+    lines = [json.dumps({key: value for key, value in item.items() if key != "image"}) for item in good]
+    bad = {
+        3: ("{broken", "", "Expecting property name"),
+        4: ('{"item_id": "", "title": "no id"}', "", "item_id is missing"),
+        7: ('{"title": "no id"}', "", "item_id is missing"),
+        9: (json.dumps({"item_id": "cut", "image": "cut.png"}), "cut", "image can't be read"),
+        10: (json.dumps({"item_id": "gone", "image": ["fine.png", "gone.png"]}), "gone", "gone.png does not exist"),
+        11: (json.dumps({"item_id": "empty", "title": " \n", "topics": []}), "empty", "neither text nor image"),
+        17: (json.dumps({"item_id": " n2 ", "title": "again"}), "n2", "item_id stands in an earlier row"),
+        18: ('{"item_id": "topics", "topics": 5}', "", "topics must be text or a list of texts"),
+        25: ('{"item_id": "half\\ud800", "title": "x"}', "half?", "item_id is not valid Unicode"),
+        26: ('{"item_id": "half", "title": "x\\ud800"}', "half", ""),
+        33: ('{"item_id": 5, "image": "", "image_file_name": ["a"]}', "5", "image"),
+        38: ("[" * 100_000, "", "recursion"),
+    }
+    for line, (text, _, _) in bad.items():
+        lines[line] = text
+    return lines, {line: (item_id, reason) for line, (_, item_id, reason) in bad.items()}

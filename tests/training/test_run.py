@@ -1,0 +1,116 @@
+"""Training from tables to a saved, measured model, on a tiny model and on items drawn on the spot."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from modeling_notellm2 import NoteLLM2Model
+from training.run import run
+from training.trainer.arguments import NoteLLM2TrainingArguments, parse
+from training.trainer.trainer import parameter_groups
+
+
+LOGGED = {
+    "multimodal_loss",
+    "visual_loss",
+    "in_batch_recall",
+    "logit_scale",
+    "temperature",
+    "gate_mean",
+    "embedding_norm",
+    "masked_negatives",
+    "items_per_second",
+    "data_wait",
+}
+
+
+@pytest.fixture
+def config(coloured_tables, tiny_model_folder, tmp_path):
+    """A run on the coloured items, with its own vision cache."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"""
+model: {tiny_model_folder}
+items: {coloured_tables}/items.parquet
+train_pairs: {coloured_tables}/train.jsonl
+eval_pairs: {coloured_tables}/test.jsonl
+eval_split: test
+label_column: colour
+distinct_column: colour
+output_dir: {tmp_path}/run
+cache_vision_features: true
+vision_cache_dir: {tmp_path}/vision
+max_steps: 60
+per_device_train_batch_size: 6
+learning_rate: 2e-3
+connector_learning_rate: 4e-3
+use_cpu: true
+""")
+    return path
+
+
+@pytest.mark.parametrize("lora_r", ["0", "4"])
+def test_training_learns_saves_and_reports(config, tmp_path, tiny_model_folder, lora_r):
+    report = run(*parse([str(config), "--lora_r", lora_r, "--merge_adapter", str(lora_r != "0")]))
+
+    before, after, by_chance = report["before"], report["after"], report["random"]["random/precision@10"]
+    assert after["both/precision@10"] > before["both/precision@10"] + 0.1
+    assert after["both/precision@10"] > 2 * by_chance
+    assert {f"{name}/recall@10" for name in ("both", "image", "text", "visual")} <= set(after)
+    logged = [line for line in report["log"] if "loss" in line]
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert set(logged[0]) >= LOGGED
+
+    output = tmp_path / "run"
+    assert json.loads((output / "metrics.json").read_text())["after"] == after
+    rejects = [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
+    assert Counter(reject["reason"].split(":")[0] for reject in rejects) == {
+        "unreadable image": 1,
+        "not among the usable items": 2,
+        "query and target are one item": 1,
+    }
+    assert list((output / "logs").glob("events.out.tfevents.*"))
+
+    old, new = (load_file(folder / "model.safetensors") for folder in (tiny_model_folder, output / "model"))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert old.keys() == new.keys()
+    assert not any(name.startswith("vision_model.") for name in changed)
+    assert any(name.startswith("language_model.") for name in changed)
+    assert "query_tokens" in changed
+    model = AutoModel.from_pretrained(output / "model", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(output / "model", trust_remote_code=True)
+    assert model(**processor(["a red thing"], return_tensors="pt")).embeddings.shape == (1, 24)
+
+
+def test_the_command_says_what_is_wrong_and_where_things_are(config, tmp_path):
+    command = [sys.executable, "training/run.py", str(config), "--use_cpu", "--max_steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "metrics.json" in done.stdout.replace("\n", "")
+
+    config.write_text("learning_rte: 1")
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert "unknown option learning_rte" in failed.stderr
+
+
+def test_learning_rates_and_decay_by_part(tiny_model_folder, tmp_path):
+    model = NoteLLM2Model.from_pretrained(tiny_model_folder)
+    arguments = NoteLLM2TrainingArguments(output_dir=str(tmp_path), connector_learning_rate=1e-3, use_cpu=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    placed = {}
+    for group in parameter_groups(model, arguments):
+        for parameter in group["params"]:
+            placed[names[id(parameter)]] = (group["lr"], group["weight_decay"])
+
+    assert set(placed) == {name for name, _ in model.named_parameters() if not name.startswith("vision_model.")}
+    assert placed["language_model.layers.0.mlp.up_proj.weight"] == (3e-6, 1e-3)
+    assert placed["language_model.norm.weight"] == (3e-6, 0)
+    assert placed["query_tokens"] == (1e-3, 1e-3)
+    assert placed["logit_scale"] == (1e-3, 0)

@@ -1,0 +1,296 @@
+"""Runs that are killed, damaged, spread over processes or wrapped in adapters end as a plain run would."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from tests.support.models import QFORMER, make_model
+from training.evaluation.embed import evaluate_in_training
+from training.run import load_data, run
+from training.trainer.adapters import load_trainable
+from training.trainer.arguments import ModelArguments, parse
+from training.trainer.batches import ItemCollator, PairCollator, PairDataset
+from training.trainer.checkpoints import checkpoint_to_resume, newest_checkpoint, publish_checkpoint
+from training.trainer.trainer import NoteLLM2Trainer
+
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = ROOT / "training" / "configs"
+QUIET = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture
+def options(coloured_tables, tiny_model_folder, tmp_path):
+    """Command line options of a short run on the coloured items, without config."""
+    settings = {
+        "model": tiny_model_folder,
+        "items": coloured_tables / "items.parquet",
+        "train_pairs": coloured_tables / "train.jsonl",
+        "output_dir": tmp_path / "run",
+        "vision_cache_dir": tmp_path / "vision",
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "distinct_column": "colour",
+        "dataloader_num_workers": 0,
+    }
+    return lambda **changes: [word for k, v in (settings | changes).items() for word in (f"--{k}", *_words(v))]
+
+
+def _words(value):
+    return [str(one) for one in (value if isinstance(value, list) else [value])]
+
+
+def command(arguments, config=None, processes=1):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    return [*launcher, "training/run.py", *([str(CONFIGS / config)] if config else []), *arguments]
+
+
+def finish(arguments, **settings):
+    done = subprocess.run(
+        command(arguments, **settings), cwd=ROOT, env={**os.environ, **QUIET}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def equal_weights(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights(options, tmp_path):
+    """SIGKILL in the middle; the newest checkpoint is damaged besides, so the one before is used and said so."""
+    settings = {"max_steps": 14, "save_strategy": "steps", "save_steps": 2, "image_dropout": 0.2, "seed": 3}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(options(output_dir=whole, **settings))
+    arguments = options(output_dir=killed, resume_from_checkpoint="true", **settings)
+    process = subprocess.Popen(command(arguments), cwd=ROOT, env={**os.environ, **QUIET}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (killed / "checkpoint-6").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    newest = newest_checkpoint(killed)
+    assert newest is not None
+    assert not (killed / "model").exists()
+    with (newest / "optimizer.pt").open("r+b") as stream:
+        stream.truncate(1000)
+
+    done = finish(arguments)
+
+    assert "is damaged (optimizer.pt has 1000 bytes" in done.stderr
+    assert f"Going on from {newest_checkpoint(killed).parent}" in done.stderr
+    assert equal_weights(weights(whole), weights(killed))
+
+
+@pytest.mark.slow
+def test_processes_and_chunks_train_as_one_process_on_the_joined_batch(options, tmp_path):
+    """Two processes with half the pairs each, embedded in chunks: the same losses and weights but for rounding."""
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # dropout would differ by design
+    model, processor = make_model(qformer_config={**QFORMER, **still})
+    model.save_pretrained(tmp_path / "still")
+    processor.save_pretrained(tmp_path / "still")
+    shared = {"model": tmp_path / "still", "optim": "sgd", "learning_rate": 0.1, "connector_learning_rate": 0.1}
+    one = run(*parse(options(output_dir=tmp_path / "one", per_device_train_batch_size=6, **shared)))
+    arguments = options(output_dir=tmp_path / "two", per_device_train_batch_size=3, chunk_size=4, **shared)
+    finish([*arguments, "--ddp_backend", "gloo"], processes=2)
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    losses, joined = ([line["multimodal_loss"] for line in report["log"] if "loss" in line] for report in (one, two))
+    assert joined == pytest.approx(losses, rel=1e-4)
+    start, single, spread = (
+        load_file(tmp_path / "still" / "model.safetensors"),
+        *map(weights, (tmp_path / "one", tmp_path / "two")),
+    )
+    assert sum(not torch.equal(start[name], single[name]) for name in start) > 20
+    for name in single:
+        torch.testing.assert_close(
+            single[name], spread[name], atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def _start(options):
+    arguments = options()
+    return load_file(Path(arguments[arguments.index("--model") + 1]) / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu.yaml", "eight_gpus_fsdp2.yaml"])
+def test_configs_run_with_two_processes(options, coloured_tables, tmp_path, config):
+    changes = {"eval_pairs": coloured_tables / "test.jsonl", "eval_split": "test", "save_strategy": "steps"}
+    changes |= {"save_steps": 2, "max_steps": 2, "per_device_train_batch_size": 3, "ddp_backend": "gloo"}
+    if config == "cpu.yaml":
+        changes |= {"merge_adapter": True, "dataloader_num_workers": 1, "train_sampling_strategy": "group_by_length"}
+    else:
+        changes |= {"bf16": False}
+    done = finish(options(**changes), config=config, processes=2)
+    assert "after: both" in done.stdout
+    trained = AutoModel.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True)
+    start = _start(options)
+    assert not torch.equal(trained.reduction.weight, start["reduction.weight"])
+    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-2"
+
+
+RUN_CONFIGS = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name != "findings.yaml")  # that has many runs
+
+
+@pytest.mark.parametrize("config", RUN_CONFIGS)
+def test_configs_are_read(config):
+    path = CONFIGS / config
+    if (
+        "zero" in config
+    ):  # its package needs a GPU to be of use: the engine's own file is held against accelerate's reader
+        stage = int(path.stem[-1])
+        engine = HfDeepSpeedConfig(str(CONFIGS / f"deepspeed_zero{stage}.json"))
+        assert (engine.is_zero2(), engine.is_zero3()) == (stage == 2, stage == 3)
+        arguments = parse([str(path), "--use_cpu", "--deepspeed", ""])[2]
+    else:
+        arguments = parse([str(path), "--use_cpu"])[2]
+    assert arguments.output_dir.startswith("runs/")
+    assert 0 < arguments.learning_rate < 1
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_loads_with_all_that_was_trained(options, tmp_path, dora):
+    run(*parse(options(lora_r=4, use_dora=dora, lora_target_modules=["q_proj", "v_proj"])))
+    folder = tmp_path / "run" / "model"
+    assert not (folder / "model.safetensors").exists()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(["red thing", {"title": "blue"}], return_tensors="pt")
+    base = AutoModel.from_pretrained(_value(options, "model")).eval()
+    before = base(**inputs).embeddings
+    wrapped = PeftModel.from_pretrained(base, str(folder)).eval()
+    after = wrapped(**inputs).embeddings
+    assert (after - before).abs().max() > 1e-3
+    if not dora:  # transformers' own reader of adapters misnames DoRA's magnitudes; peft's doesn't
+        loaded = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+        torch.testing.assert_close(loaded(**inputs).embeddings, after, atol=1e-6, rtol=0)
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs).embeddings, after, atol=1e-5, rtol=0)
+    names = load_file(folder / "adapter_model.safetensors")
+    assert {"base_model.model.query_tokens", "base_model.model.logit_scale"} <= set(names)
+    assert not any("vision_model" in name or "embed_tokens" in name for name in names)
+    assert all("language_model" in name for name in names if "lora_" in name)
+    again = run(*parse(options(model=folder, output_dir=tmp_path / "further", max_steps=1)))
+    assert again["counts"]["trained_parameters"] < again["counts"]["all_parameters"]
+
+
+def _value(options, name):
+    arguments = options()
+    return arguments[arguments.index(f"--{name}") + 1]
+
+
+def test_the_best_model_is_kept_by_its_retrieval_metric(options, coloured_tables, tmp_path):
+    report = run(
+        *parse(
+            options(
+                eval_pairs=coloured_tables / "test.jsonl",
+                eval_split="test",
+                eval_strategy="steps",
+                eval_steps=2,
+                save_strategy="steps",
+                save_steps=2,
+                save_total_limit=1,
+                load_best_model_at_end=True,
+                metric_for_best_model="eval_recall@10",
+                matryoshka_dims=[12, 6],
+                learning_rate=3e-3,
+            )
+        )
+    )
+    measured = {line["step"]: line["eval_recall@10"] for line in report["log"] if "eval_recall@10" in line}
+    assert set(measured) == {2, 4, 6}
+    assert all("eval_visual_recall@10" in line for line in report["log"] if "eval_recall@10" in line)
+    assert report["after"]["both/recall@10"] == max(measured.values())
+    assert not (tmp_path / "run" / ".unfinished").exists()
+
+
+@pytest.mark.slow
+def test_hyperparameters_are_searched_on_a_retrieval_metric(options, coloured_tables):
+    """Each trial trains a fresh model, and the best is the one whose recall was highest."""
+    model, tables, arguments = parse(
+        options(eval_pairs=coloured_tables / "test.jsonl", eval_split="test", eval_strategy="steps", eval_steps=6)
+    )
+    data, processor = load_data(tables, 0), AutoProcessor.from_pretrained(model.model)
+    collate = ItemCollator(processor, None)
+    trainer = NoteLLM2Trainer(
+        model_init=lambda: load_trainable(model),
+        args=arguments,
+        train_dataset=PairDataset(data.items, data.train),
+        data_collator=PairCollator(collate),
+        eval_dataset=data.eval_items,
+        measure=partial(evaluate_in_training, collate=collate, items=data.eval_items, pairs=data.eval_pairs),
+    )
+    seen, models = [], []
+
+    def objective(metrics):
+        seen.append(metrics["eval_recall@10"])
+        models.append(trainer.model)
+        return seen[-1]
+
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)},
+        compute_objective=objective,
+        n_trials=2,
+        direction="maximize",
+        backend="optuna",
+    )
+    assert best.objective == max(seen)
+    assert len(seen) == 2 and models[0] is not models[1]
+    assert trainer.monitor.model is models[1]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_items(options, tiny_model_folder, tmp_path):
+    broken = AutoModel.from_pretrained(tiny_model_folder)
+    broken.reduction.weight.data[0, 0] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    AutoProcessor.from_pretrained(tiny_model_folder).save_pretrained(tmp_path / "broken")
+    with pytest.raises(FloatingPointError, match=r"nan at step 1. Items of this process's batch: i\d+, i\d+"):
+        run(*parse(options(model=tmp_path / "broken")))
+    with pytest.raises(FloatingPointError, match="nan at step 1"):
+        run(*parse(options(model=tmp_path / "broken", chunk_size=3)))
+
+
+def test_checkpoints_are_whole_or_passed_over(tmp_path):
+    for step in (1, 2):
+        staged = tmp_path / ".unfinished" / f"checkpoint-{step}"
+        staged.mkdir(parents=True)
+        (staged / "model.safetensors").write_bytes(b"x" * 100)
+        publish_checkpoint(staged, tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-3").mkdir()  # written by something else, and half
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "model.safetensors").write_bytes(b"x" * 99)
+    assert checkpoint_to_resume("true", tmp_path) == tmp_path / "checkpoint-1"
+    with pytest.raises(ValueError, match="has 99 bytes of 100"):
+        checkpoint_to_resume(str(tmp_path / "checkpoint-2"), tmp_path)
+    assert checkpoint_to_resume("true", tmp_path / "elsewhere") is None
+
+
+def test_contradicting_options_are_refused(options):
+    with pytest.raises(ValueError, match="set lora_r above 0"):
+        ModelArguments(model="m", merge_adapter=True)
+    with pytest.raises(ValueError, match="4-bit"):
+        ModelArguments(model="m", lora_r=4, load_in_4bit=True, merge_adapter=True)
+    with pytest.raises(ValueError, match="LlamaModel has no query; its linear layers are down_proj"):
+        run(*parse(options(lora_r=4, lora_target_modules=["query"])))

@@ -1,0 +1,228 @@
+"""Items as a model sees them with both modalities, with the image alone and with the text alone, and metrics of each.
+
+Recall follows the published protocol (`training.evaluation.retrieval`). Each modality is measured over the items that have
+it; the visual embeddings of a model with mICL are measured too.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from training.evaluation.retrieval import expected_precision, precision_at_k, rank_targets
+from training.tables.items import ItemTable
+from training.trainer.adapters import base_of
+from training.trainer.distributed import gather, world_size
+from training.trainer.vision_cache import complete_vision_features
+
+
+RECALL_AT = (1, 10, 100)
+NEIGHBOURS = 10
+MODALITIES = {
+    "both": ("title", "topics", "content", "image"),
+    "image": ("image",),
+    "text": ("title", "topics", "content"),
+}
+
+Item = dict[str, Any]
+Pairs = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of items: float32 on the CPU, unit length.
+
+    Attributes:
+        embeddings: (n, d).
+        visual_embeddings: (n, d), or None without mICL.
+        has_image: (n,) bool.
+    """
+
+    embeddings: Tensor
+    visual_embeddings: Tensor | None
+    has_image: Tensor
+
+
+@torch.inference_mode()
+def embed(
+    model: Any,
+    items: Sequence[Item],
+    collate: Callable[[Sequence[Item]], dict[str, Tensor]],
+    batch_size: int,
+    name: str,
+    num_workers: int = 0,
+) -> Embedded:
+    """Embed items batch by batch in eval mode, and leave the model in the mode it was in.
+
+    Several processes embed a share each; every one of them gets all embeddings, in the items' order.
+    """
+    was_training = model.training
+    model.eval()
+    outputs = []
+    share = _Share(items)
+    loader = DataLoader(share, batch_size, collate_fn=collate, num_workers=num_workers)
+    for batch in tqdm(loader, desc=f"Embedding {name}", unit="batch", disable=share.rank > 0):
+        inputs = {key: value.to(model.device) for key, value in batch.items()}
+        output = model(**complete_vision_features(base_of(model), inputs))
+        outputs.append((output.embeddings, output.visual_embeddings, output.has_image))
+    model.train(was_training)
+    embeddings, visual, has_image = zip(*outputs, strict=True) if outputs else ((), (), ())
+    return Embedded(
+        gather(torch.cat(embeddings).float()).cpu(),
+        None if visual[0] is None else gather(torch.cat(visual).float()).cpu(),
+        gather(torch.cat(has_image)).cpu(),
+    )
+
+
+class _Share(Dataset):
+    """This process's part of some items: contiguous, so that parts in the order of processes are all items in order."""
+
+    def __init__(self, items: Sequence[Item]):
+        self.items = items
+        self.rank = dist.get_rank() if world_size() > 1 else 0
+        self.start, end = (len(items) * number // world_size() for number in (self.rank, self.rank + 1))
+        self.count = end - self.start
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position: int) -> Item:
+        return self.items[self.start + position]
+
+
+class _Without(Sequence[Item]):
+    """Items at some positions, with only some of their fields."""
+
+    def __init__(self, items: Sequence[Item], positions: Sequence[int], fields: Sequence[str]):
+        self.items, self.positions, self.fields = items, positions, ("item_id", *fields)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, position: Any) -> Any:
+        item = self.items[self.positions[position]]
+        return {key: item[key] for key in self.fields if key in item}
+
+
+@dataclass(frozen=True)
+class View:
+    """The embeddings of the items that have a modality: "both", "image", "text", or "visual" (see `embed`).
+
+    Attributes:
+        positions: (n) of these items in their table.
+        embeddings: (n, d) float32, unit length, on the CPU.
+    """
+
+    name: str
+    positions: list[int]
+    embeddings: Tensor
+
+
+def views(
+    model: Any,
+    collate: Callable[[Sequence[Item]], dict[str, Tensor]],
+    items: ItemTable,
+    pairs: Pairs,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> Iterator[View]:
+    """Embed the items once for each modality that has a pair to measure, and hand out one after another."""
+    present = items.fields_present()
+    for name, fields in MODALITIES.items():
+        positions = np.flatnonzero(np.any([present[field] for field in fields if field in present], axis=0)).tolist()
+        if not _has_pair(positions, items, pairs):
+            continue
+        embedded = embed(model, _Without(items, positions, fields), collate, batch_size, name, num_workers)
+        yield View(name, positions, embedded.embeddings)
+        if name == "image" and embedded.visual_embeddings is not None:
+            yield View("visual", positions, embedded.visual_embeddings)
+
+
+def evaluate(
+    model: Any,
+    collate: Callable[[Sequence[Item]], dict[str, Tensor]],
+    items: ItemTable,
+    pairs: Pairs,
+    labels: Sequence[Any] | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> dict[str, float]:
+    """Recall, and precision where there are labels, of every modality that has a pair to measure.
+
+    Args:
+        pairs: (query id, target id).
+        labels: one for each item, e.g. its category.
+        num_workers: processes that open images.
+
+    Returns:
+        A flat dict such as `{"both/recall@10": 0.4, "both/precision@10": 0.3, "visual/recall@10": ...}`.
+    """
+    metrics: dict[str, float] = {}
+    for view in views(model, collate, items, pairs, batch_size, num_workers):
+        metrics |= measure(view.name, view.embeddings, view.positions, items, pairs, labels)
+    return metrics
+
+
+def evaluate_in_training(
+    model: Any,
+    collate: Callable[[Sequence[Item]], dict[str, Tensor]],
+    items: ItemTable,
+    pairs: Pairs,
+    labels: Sequence[Any] | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> dict[str, float]:
+    """Metrics with both modalities from one pass over the items: `{"recall@10": 0.4, "visual_recall@10": 0.2, ...}`.
+
+    The visual embeddings are measured over the items that have an image.
+    """
+    embedded = embed(model, items, collate, batch_size, "evaluation items", num_workers)
+    metrics = measure("both", embedded.embeddings, list(range(len(items))), items, pairs, labels)
+    found = {name.removeprefix("both/"): value for name, value in metrics.items()}
+    shown = embedded.has_image.nonzero().flatten().tolist()
+    if embedded.visual_embeddings is not None and _has_pair(shown, items, pairs):
+        metrics = measure("visual", embedded.visual_embeddings[shown], shown, items, pairs, labels)
+        found |= {name.replace("/", "_"): value for name, value in metrics.items()}
+    return found
+
+
+def measure(
+    name: str,
+    embeddings: Tensor,
+    positions: Sequence[int],
+    items: ItemTable,
+    pairs: Pairs,
+    labels: Sequence[Any] | None = None,
+) -> dict[str, float]:
+    """Metrics of the embeddings of the items at `positions`, each under `name/`."""
+    result = rank_targets(embeddings, [items.item_ids[i] for i in positions], pairs)
+    metrics = {f"{name}/recall@{k}": result.recall(k) for k in RECALL_AT}
+    if labels is not None and len(positions) > NEIGHBOURS:
+        chosen = [labels[i] for i in positions]
+        metrics[f"{name}/precision@{NEIGHBOURS}"] = precision_at_k(embeddings, chosen, NEIGHBOURS)
+    return metrics
+
+
+def random_expectation(items: ItemTable, pairs: Pairs, labels: Sequence[Any] | None = None) -> dict[str, float]:
+    """What a random ranking of all items reaches, with the number of queries and candidates beside it."""
+    result = rank_targets(torch.zeros(len(items), 1), items.item_ids, pairs)
+    metrics = {f"random/recall@{k}": result.expected_recall(k) for k in RECALL_AT}
+    if labels is not None and len(items) > NEIGHBOURS:
+        metrics[f"random/precision@{NEIGHBOURS}"] = expected_precision(labels)
+    return metrics | {
+        "queries": len(result.ranks),
+        "candidates": result.pool_size,
+        "pairs_of_other_items": result.unknown_pairs,
+        "pairs_repeating_an_item": result.repeated_pairs,
+    }
+
+
+def _has_pair(positions: Sequence[int], items: ItemTable, pairs: Pairs) -> bool:
+    ids = {items.item_ids[i] for i in positions}
+    return any(query in ids and target in ids and query != target for query, target in pairs)

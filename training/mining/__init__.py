@@ -1,0 +1,1 @@
+"""Pairs of related items from interaction logs."""

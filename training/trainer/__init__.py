@@ -1,0 +1,1 @@
+"""From tables to weights: batches, losses, the Trainer and what it keeps."""

@@ -1,0 +1,130 @@
+"""LoRA on the LLM through peft, with everything that starts new trained in full and kept in the adapter's folder.
+
+Q-Former, projector, late fusion, reduction, query tokens and logit scale are no LoRA, but an adapter without them is
+worth nothing. Their weights stand in `adapter_model.safetensors` under their own names, where both
+`PeftModel.from_pretrained` and `AutoModel.from_pretrained` find them.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, BitsAndBytesConfig
+
+from modeling_notellm2 import NoteLLM2Model
+from training.trainer.arguments import ModelArguments
+
+
+LLM = "language_model"
+ADAPTER_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def load_trainable(arguments: ModelArguments) -> NoteLLM2Model | PeftModel:
+    """The model to train: the whole of it, or one with LoRA on its LLM. An adapter's folder goes on from that adapter.
+
+    Raises:
+        ValueError: for LoRA modules that the LLM doesn't have.
+    """
+    options: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype)}
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    if arguments.load_in_4bit:
+        options["quantization_config"] = quantization(options["dtype"])
+    if (Path(arguments.model) / "adapter_config.json").is_file():
+        config = LoraConfig.from_pretrained(arguments.model)
+        base = AutoModel.from_pretrained(config.base_model_name_or_path, trust_remote_code=True, **options)
+        names = trained_in_full(base)
+        model = PeftModel.from_pretrained(base, arguments.model, is_trainable=True)
+        _train_in_full(model, names)
+        return model
+    model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True, **options)
+    return with_lora(model, arguments) if arguments.lora_r else model
+
+
+def with_lora(model: NoteLLM2Model, arguments: ModelArguments) -> PeftModel:
+    """LoRA (or DoRA) matrices in the LLM, which is frozen beside them; what is new in NoteLLM-2 stays trainable.
+
+    Raises:
+        ValueError: for modules that the LLM doesn't have.
+    """
+    names = trained_in_full(model)
+    if arguments.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if os.path.isdir(model.name_or_path):  # the adapter must find its base from any working directory
+        model.name_or_path = os.path.abspath(model.name_or_path)
+    lora = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        use_dora=arguments.use_dora,
+        target_modules=llm_modules(model, arguments.lora_target_modules),
+    )
+    wrapped = get_peft_model(model, lora)
+    _train_in_full(wrapped, names)
+    return wrapped
+
+
+def llm_modules(model: NoteLLM2Model, targets: list[str]) -> str:
+    """A pattern that matches the LLM's modules of these names (all its linear layers for all-linear) and no others.
+
+    Raises:
+        ValueError: for a name that no linear layer of the LLM has.
+    """
+    linear = {
+        name.rsplit(".", 1)[-1] for name, part in model.language_model.named_modules() if isinstance(part, nn.Linear)
+    }
+    wanted = sorted(linear) if targets == ["all-linear"] else targets
+    unknown = sorted(set(wanted) - linear)
+    if unknown:
+        raise ValueError(
+            f"lora_target_modules: {type(model.language_model).__name__} has no {', '.join(unknown)}; its linear layers are "
+            f"{', '.join(sorted(linear))}, or all-linear for all of them."
+        )
+    return rf"{LLM}\..*\b({'|'.join(map(re.escape, wanted))})"
+
+
+def quantization(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NormalFloat weights for the LLM alone (QLoRA, arXiv 2305.14314)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=["vision_model", "qformer", "projector", "late_fusion", "reduction"],
+    )
+
+
+def trained_in_full(model: nn.Module) -> list[str]:
+    """Names of the trainable parameters outside the LLM."""
+    return [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(f"{LLM}.")]
+
+
+def _train_in_full(model: PeftModel, names: list[str]) -> None:
+    for name in names:
+        model.get_parameter(PREFIX + name).requires_grad_(True)
+
+
+def base_of(model: nn.Module) -> NoteLLM2Model:
+    """The NoteLLM-2 model itself, without an adapter around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Adapter, its config, and the parts that are trained in full.
+
+    Args:
+        state: the gathered weights where they are spread over processes; the model's own if left out.
+    """
+    model.save_pretrained(folder, state_dict=state)
+    full = {name for name, p in model.named_parameters() if p.requires_grad and f".{LLM}." not in name}
+    state = model.state_dict() if state is None else state
+    weights = load_file(folder / ADAPTER_FILE)
+    weights |= {name: state[name].detach().cpu().contiguous() for name in full}
+    beside = folder / f"{ADAPTER_FILE}.tmp"
+    save_file(weights, beside, metadata={"format": "pt"})
+    os.replace(beside, folder / ADAPTER_FILE)

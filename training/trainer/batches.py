@@ -1,0 +1,229 @@
+"""From pairs to the model's inputs, in the data loader's workers.
+
+An image that can't be read doesn't stop a run: its item goes on with its text, and a pair left with an empty item gives
+its place to another pair of the batch. Both are listed.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from modeling_notellm2.images_notellm2 import image_sources, load_image
+from modeling_notellm2.prompts_notellm2 import ItemError
+from training.tables.images import Item, content_key, read_encoded
+from training.tables.items import ItemTable, PairTable, Reject
+from training.trainer.false_negatives import TEXT_FIELDS
+from training.trainer.vision_cache import VisionCache, open_vision_cache
+
+
+logger = logging.get_logger(__name__)
+
+Picture = Image.Image | int
+"""An open picture, or where its features stand in the cache."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What the collator gets of a pair: query, target, then its hard negatives.
+
+    Attributes:
+        positions: (2 + k,) positions in the item table.
+        items: the items themselves; images stay encoded.
+    """
+
+    positions: np.ndarray
+    items: list[Item]
+
+
+class PairDataset(Dataset):
+    """Pairs by position, with their items."""
+
+    def __init__(self, items: ItemTable, pairs: PairTable):
+        self.items, self.pairs = items, pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        positions = self.pairs.pairs[index]
+        if self.pairs.negatives is not None:
+            positions = np.concatenate([positions, self.pairs.negatives[index]])
+        return Pair(positions, [self.items[position] for position in positions.tolist()])
+
+
+@dataclass
+class ItemCollator:
+    """Items to the model's inputs, with stored vision features in place of pixels where the cache has them.
+
+    A batch whose images are partly stored has both, and `cached_images` (images,) bool beside them; it goes through
+    `training.trainer.vision_cache.complete_vision_features` before the model.
+
+    Attributes:
+        processor: the model's.
+        features: cache of vision features; None: all pixels.
+        dtype: of stored features as they are given out.
+        rejects: JSON lines file to which unreadable images are added, each once for every worker that meets it.
+    """
+
+    processor: Any
+    features: VisionCache | None = None
+    dtype: torch.dtype = torch.float32
+    rejects: Path | None = None
+    listed: set[str] = field(default_factory=set, init=False, repr=False)
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """The inputs of these items, in their order. One whose only content is an unreadable image has an empty prompt."""
+        return self.inputs([self.open(item) for item in items])
+
+    def open(self, item: Item) -> tuple[Item, list[Picture]]:
+        """The item and its pictures; one that can't be read is left out and listed."""
+        sources = image_sources(item.get("image"))
+        readable, pictures = [], []
+        for source in sources:
+            try:
+                pictures.append(self._picture(source))
+                readable.append(source)
+            except ItemError as error:
+                self._list(item, str(error))
+        return (item if len(readable) == len(sources) else {**item, "image": readable}), pictures
+
+    def inputs(self, opened: Sequence[tuple[Item, list[Picture]]]) -> dict[str, Tensor]:
+        """The model's inputs for opened items."""
+        inputs = dict(self.processor([item for item, _ in opened], process_images=False, return_tensors="pt"))
+        pictures = [picture for _, of_item in opened for picture in of_item]
+        stored = [picture for picture in pictures if isinstance(picture, int)]
+        pixels = [picture for picture in pictures if not isinstance(picture, int)]
+        if stored:
+            assert self.features is not None
+            hidden, pooled = self.features.read(stored)
+            inputs |= {"vision_hidden_states": hidden.to(self.dtype), "vision_pooler_output": pooled.to(self.dtype)}
+        if pixels:
+            inputs |= self.processor.image_processor(images=pixels, return_tensors="pt")
+        if stored and pixels:
+            inputs["cached_images"] = torch.tensor([isinstance(picture, int) for picture in pictures])
+        return inputs
+
+    def _picture(self, source: Any) -> Picture:
+        if self.features is None:
+            return load_image(source)
+        encoded = read_encoded(source)
+        stored = self.features.find(content_key(encoded))
+        return load_image(encoded) if stored is None else stored
+
+    def _list(self, item: Item, fault: str) -> None:
+        name = str(item.get("item_id", ""))
+        if name in self.listed:
+            return
+        self.listed.add(name)
+        reject = Reject("items, met in a batch", -1, [name], f"unreadable image: {fault}")
+        logger.warning("item_id %r: %s", name, reject.reason)
+        if self.rejects is not None:
+            with self.rejects.open("a", encoding="utf-8") as stream:  # one short write: lines of workers don't mix
+                stream.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
+
+
+@dataclass
+class PairCollator:
+    """Pairs to one batch of items as the loss reads it: all queries, all targets, then all hard negatives.
+
+    Beside the model's inputs a batch has `item_index` (rows,) int64, positions in the item table, and `num_pairs` (int).
+    A pair with an item that has nothing left gives its place to another pair of the batch, which then stands in it
+    twice; the loss masks such copies by `item_index`.
+
+    Attributes:
+        collate_items: makes the inputs.
+        image_dropout, text_dropout: probability that an item that has both loses its images, or its texts.
+        seed: with the batch's items it decides which items lose something, so a resumed run decides alike.
+
+    Raises:
+        ValueError: for probabilities that are none, or that exceed 1 together.
+    """
+
+    collate_items: ItemCollator
+    image_dropout: float = 0.0
+    text_dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.image_dropout, self.text_dropout) < 0 or self.image_dropout + self.text_dropout > 1:
+            raise ValueError(
+                f"image_dropout {self.image_dropout} and text_dropout {self.text_dropout} must be probabilities whose "
+                "sum is at most 1."
+            )
+
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        """The batch.
+
+        Raises:
+            ItemError: when not one pair of the batch is usable.
+        """
+        opened = [[self.collate_items.open(item) for item in pair.items] for pair in pairs]
+        usable = [number for number, members in enumerate(opened) if all(map(_has_content, members))]
+        if not usable:
+            ids = ", ".join(str(item.get("item_id")) for pair in pairs for item in pair.items)
+            raise ItemError(
+                f"No pair of the batch has two items with a readable image or a text; its items: {ids[:500]}"
+            )
+        kept = [n if n in set(usable) else usable[n % len(usable)] for n in range(len(pairs))]
+        positions = np.stack([pairs[number].positions for number in kept]).T.reshape(-1).astype(np.int64)
+        rows = [opened[number][member] for member in range(len(pairs[0].items)) for number in kept]
+        inputs = self.collate_items.inputs(self._drop(rows, positions))
+        return {**inputs, "item_index": torch.from_numpy(positions), "num_pairs": len(pairs)}
+
+    def _drop(self, rows: list[tuple[Item, list[Picture]]], positions: np.ndarray) -> list[tuple[Item, list[Picture]]]:
+        """Modality dropout; an item never loses both."""
+        if not (self.image_dropout or self.text_dropout):
+            return rows
+        drawn = np.random.default_rng([self.seed, *positions.tolist()]).random(len(rows))
+        return [self._drop_one(item, pictures, chance) for (item, pictures), chance in zip(rows, drawn, strict=True)]
+
+    def _drop_one(self, item: Item, pictures: list[Picture], chance: float) -> tuple[Item, list[Picture]]:
+        if not pictures or not _has_text(item):
+            return item, pictures
+        if chance < self.image_dropout:
+            return {key: value for key, value in item.items() if key != "image"}, []
+        if chance < self.image_dropout + self.text_dropout:
+            return {key: value for key, value in item.items() if key not in TEXT_FIELDS}, pictures
+        return item, pictures
+
+
+def cache_vision_features(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    root: Path | None = None,
+    limit_gb: float = 50.0,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> VisionCache:
+    """The model's vision cache, filled with the items' images; arguments as of `open_vision_cache` and its `fill`."""
+    cache = open_vision_cache(model, processor, root)
+    cache.fill(model, processor, items, limit_gb, batch_size, num_workers)
+    return cache
+
+
+def _has_text(item: Item) -> bool:
+    return any(item.get(name) for name in TEXT_FIELDS)
+
+
+def _has_content(opened: tuple[Item, list[Picture]]) -> bool:
+    item, pictures = opened
+    return bool(pictures) or _has_text(item)
+
+
+__all__ = [
+    "ItemCollator",
+    "Pair",
+    "PairCollator",
+    "PairDataset",
+    "cache_vision_features",
+]

@@ -1,0 +1,272 @@
+"""A cache on disk of what a frozen vision encoder makes of each picture, so that later epochs neither decode nor run it.
+
+One folder for each encoder with its preprocessing, in it safetensors files of some hundred pictures: `keys` (hash of the
+picture's content), `hidden_states` and `pooler_output`, in float16. They are mapped, so all workers of a machine share
+one copy. A picture that has changed, or another encoder, has another key and never gets stale features.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import logging
+
+from modeling_notellm2.images_notellm2 import image_sources, load_image
+from modeling_notellm2.prompts_notellm2 import ItemError
+from training.tables.images import KEY_BYTES, Item, content_key, map_items, read_encoded
+
+
+logger = logging.get_logger(__name__)
+
+FORMAT = 1
+FILE_BYTES = 256 * 2**20
+LARGEST = torch.finfo(torch.float16).max
+KIND = f"S{KEY_BYTES}"
+
+
+@dataclass
+class VisionCache:
+    """Stored vision features, found by a picture's content.
+
+    Args:
+        folder: of one encoder and preprocessing; see `open_vision_cache`.
+
+    Attributes:
+        keys: (images,) sorted 16-byte keys of what is stored, and for each its `file` and `row` there.
+        size: bytes on disk.
+    """
+
+    folder: Path
+    files: list[Path] = field(init=False)
+    keys: np.ndarray = field(init=False)
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reload()
+
+    def reload(self) -> None:
+        """Take note of all files in the folder; one that can't be read is left out, saying so."""
+        self.files, keys, places, self.size = [], [], [], 0
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="np") as opened:
+                    stored = opened.get_tensor("keys")
+            except (SafetensorError, OSError) as error:
+                logger.warning("%s is not used (%s); delete it, and its pictures are cached anew.", path, error)
+                continue
+            keys.append(np.ascontiguousarray(stored).view(KIND).reshape(-1))
+            places.append(np.stack([np.full(len(stored), len(self.files)), np.arange(len(stored))], axis=1))
+            self.files.append(path)
+            self.size += path.stat().st_size
+        together = np.concatenate(keys) if keys else np.empty(0, dtype=KIND)
+        self.keys, first = np.unique(together, return_index=True)
+        self.places = np.concatenate(places)[first] if keys else np.empty((0, 2), dtype=np.int64)
+        self._opened: dict[int, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}  # a started worker maps the files itself
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def find(self, key: bytes) -> int | None:
+        """Where a picture's features stand, for `read`; None if they are not stored."""
+        wanted = np.array(key, dtype=KIND)
+        at = int(np.searchsorted(self.keys, wanted))
+        return at if at < len(self.keys) and self.keys[at] == wanted else None
+
+    def read(self, stored: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Features of one picture or more that were found.
+
+        Returns:
+            hidden states (m, tokens, width) and pooler output (m, width), float16.
+        """
+        rows = [self._row(*self.places[at].tolist()) for at in stored]
+        return torch.cat([hidden for hidden, _ in rows]), torch.cat([pooled for _, pooled in rows])
+
+    def _row(self, file: int, row: int) -> tuple[Tensor, Tensor]:
+        if file not in self._opened:
+            self._opened[file] = safe_open(self.files[file], framework="pt")
+        hidden, pooled = (self._opened[file].get_slice(name) for name in ("hidden_states", "pooler_output"))
+        return hidden[row : row + 1], pooled[row : row + 1]
+
+    def summary(self, item: Item) -> Tensor:
+        """(width,) float32: the mean summary feature of an item's images; zeros without one.
+
+        Raises:
+            ValueError: when one of them is not stored.
+        """
+        stored = [self.find(content_key(read_encoded(source))) for source in image_sources(item.get("image"))]
+        if None in stored:
+            raise ValueError(
+                f"item_id {item.get('item_id')!r}: its image is not in {self.folder}; raise vision_cache_gb."
+            )
+        if not stored:
+            return torch.zeros(self.read([0])[1].shape[-1])
+        return self.read(stored)[1].float().mean(0)
+
+    def fill(
+        self,
+        model: Any,
+        processor: Any,
+        items: Sequence[Item],
+        limit_gb: float = 50.0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        """Store what is missing of the items' images, until the folder would exceed `limit_gb` (10^9 bytes).
+
+        What was stored when a run was killed is found again. Unreadable images are passed over: the collator lists them.
+        """
+        limit = limit_gb * 1e9
+        model.vision_model.eval()
+        prepare = partial(_prepare, self, processor)
+        waiting: dict[bytes, Tensor] = {}
+        done: set[bytes] = set()
+        block = _Block(self.folder)
+        for found in map_items(items, prepare, num_workers, "Vision features"):
+            waiting |= {key: pixels for key, pixels in found if key not in done}
+            if len(waiting) < batch_size:
+                continue
+            done |= waiting.keys()
+            block.add(list(waiting), *_features(model, list(waiting.values())))
+            waiting = {}
+            if self.size + block.written + block.waiting >= limit:
+                break
+            if block.waiting >= FILE_BYTES:
+                block.write()
+        if waiting and self.size + block.written + block.waiting < limit:
+            block.add(list(waiting), *_features(model, list(waiting.values())))
+        block.cut(int(limit - self.size - block.written))
+        block.write()
+        self.reload()
+
+
+class _Block:
+    """Features that wait to be written as one file."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.written = folder, 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.waiting = 0
+        self.keys: list[bytes] = []
+        self.hidden: list[Tensor] = []
+        self.pooled: list[Tensor] = []
+
+    def add(self, keys: list[bytes], hidden: Tensor, pooled: Tensor) -> None:
+        self.keys += keys
+        self.hidden += hidden.unbind()
+        self.pooled += pooled.unbind()
+        self.waiting = len(self.keys) * self._bytes_each()
+
+    def cut(self, most: int) -> None:
+        """Let go of what exceeds a number of bytes."""
+        if self.keys:
+            keep = max(most // self._bytes_each(), 0)
+            del self.keys[keep:], self.hidden[keep:], self.pooled[keep:]
+
+    def write(self) -> None:
+        """Beside, then renamed; the name is the first key's, so that processes never write one file."""
+        if not self.keys:
+            return
+        path = self.folder / f"{self.keys[0].hex()}.safetensors"
+        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        keys = torch.frombuffer(bytearray(b"".join(self.keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
+        tensors = {"keys": keys, "hidden_states": torch.stack(self.hidden), "pooler_output": torch.stack(self.pooled)}
+        save_file(tensors, beside)
+        os.replace(beside, path)
+        self.written += path.stat().st_size
+        self._clear()
+
+    def _bytes_each(self) -> int:
+        return KEY_BYTES + self.hidden[0].nbytes + self.pooled[0].nbytes
+
+
+def open_vision_cache(model: Any, processor: Any, root: Path | None = None) -> VisionCache:
+    """The cache of a model's vision encoder with its preprocessing.
+
+    Args:
+        root: folder of all caches; None: `notellm2_vision` in `datasets`' cache.
+
+    Raises:
+        ValueError: when the encoder is trained, so that its features would go stale.
+    """
+    if not model.config.freeze_vision:
+        raise ValueError("A cache of vision features needs a frozen vision encoder (freeze_vision: true).")
+    root = root or Path(datasets.config.HF_DATASETS_CACHE) / "notellm2_vision"
+    folder = root / encoder_key(model, processor)
+    folder.mkdir(parents=True, exist_ok=True)
+    return VisionCache(folder)
+
+
+def encoder_key(model: Any, processor: Any) -> str:
+    """A hash of all that decides a picture's features besides the picture: weights, layer, type, preprocessing."""
+    digest = blake2b(digest_size=KEY_BYTES)
+    preprocessing = processor.image_processor.to_dict()
+    settings = [FORMAT, model.config.vision_config.to_dict(), model.config.vision_feature_layer, preprocessing]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.vision_model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def complete_vision_features(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Replace a batch's pixels by the frozen vision encoder's features, in order with those that were stored.
+
+    Runs where the model is, not in a worker. Without pixels, or with an encoder that is trained, the batch is returned
+    as it is.
+
+    Args:
+        batch: of `training.trainer.batches.ItemCollator`: `cached_images` (images,) bool says which images'
+            `vision_hidden_states` and `vision_pooler_output` are there; the others' `pixel_values` are.
+    """
+    if "pixel_values" not in batch or not model.config.freeze_vision:
+        return batch
+    rest = {key: value for key, value in batch.items() if key not in ("pixel_values", "cached_images")}
+    with torch.no_grad():
+        features = model.get_vision_features(batch["pixel_values"])
+    computed = {"vision_hidden_states": features.last_hidden_state, "vision_pooler_output": features.pooler_output}
+    if "cached_images" in batch:
+        cached = batch["cached_images"]
+        for name, values in computed.items():
+            merged = values.new_empty(len(cached), *values.shape[1:])
+            merged[cached] = batch[name].to(values.dtype)
+            merged[~cached] = values
+            computed[name] = merged
+    return {**rest, **computed}
+
+
+def _prepare(cache: VisionCache, processor: Any, item: Item) -> list[tuple[bytes, Tensor]]:
+    """Key and pixels of those images of an item that are not stored and can be read; runs in a worker."""
+    found = []
+    for source in image_sources(item.get("image")):
+        try:
+            encoded = read_encoded(source)
+            key = content_key(encoded)
+            if cache.find(key) is None:
+                pixels = processor.image_processor(images=[load_image(encoded)], return_tensors="pt")["pixel_values"]
+                found.append((key, pixels[0]))
+        except ItemError:
+            continue
+    return found
+
+
+@torch.no_grad()
+def _features(model: Any, pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    features = model.get_vision_features(torch.stack(pixels).to(model.device))
+    hidden, pooled = features.last_hidden_state, features.pooler_output
+    return tuple(one.clamp(-LARGEST, LARGEST).to("cpu", torch.float16).contiguous() for one in (hidden, pooled))

@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, Proces
 from .backbones_notellm2 import item_tokens
 from .images_notellm2 import image_sources, load_image
 from .prompts_notellm2 import (
+    ITEM_FIELDS,
     WORDINGS,
     FieldLimits,
     ItemError,
@@ -182,7 +183,7 @@ class NoteLLM2Processor(ProcessorMixin):
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` `(n, length)` int64, `num_images` `(n,)` int64 and,
-            if there is any image, `pixel_values` `(images, channels, height, width)`.
+            if there is any image, `pixel_values` `(images, channels, height, width)`. Of no item, empty ones.
 
         Raises:
             ItemError: for an item that can't be used, naming its row and item_id.
@@ -202,6 +203,9 @@ class NoteLLM2Processor(ProcessorMixin):
         data["num_images"] = [len(of_row) for of_row, _ in sources]
         if process_images and any(data["num_images"]):
             data["pixel_values"] = self._pixels(sources)
+        if not rows and return_tensors is not None:  # an empty list has no type, and torch takes it for floats
+            shapes = {"num_images": (0,)}
+            data = {name: np.zeros(shapes.get(name, (0, 0)), dtype=np.int64) for name in data}
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _read_items(self, items: Any) -> tuple[list[list[Piece]], list[tuple[list[Any], str]]]:
@@ -209,11 +213,10 @@ class NoteLLM2Processor(ProcessorMixin):
         batch = [items] if isinstance(items, (Mapping, str, Image.Image, os.PathLike)) else list(items)
         rows, sources = [], []
         for number, raw in enumerate(batch):
-            where = f"row {number}"
+            item_id = raw.get("item_id") if isinstance(raw, Mapping) else None
+            where = f"row {number}" + ("" if item_id is None else f" (item_id {item_id!r})")
             with _naming(where):
                 item = as_item(raw)
-            where += f" (item_id {item['item_id']!r})" if item.get("item_id") is not None else ""
-            with _naming(where):
                 rows.append(self._pieces(item))
             sources.append((image_sources(item.get("image")), where))
         return rows, sources
@@ -345,9 +348,11 @@ def as_item(raw: Any) -> Mapping[str, Any]:
     """Any accepted form of an item as a dict: a string is its content, a PIL image or a path its picture.
 
     Raises:
-        ItemError: for anything else.
+        ItemError: for anything else, also a dict whose keys hold nothing of an item: it would be an empty one in silence.
     """
     if isinstance(raw, Mapping):
+        if raw.keys() - {"item_id"} and raw.keys().isdisjoint(ITEM_FIELDS):
+            raise ItemError(f"a dict of {', '.join(map(str, raw))} has none of {', '.join(sorted(ITEM_FIELDS))}")
         return raw
     if isinstance(raw, str):
         return {"content": raw}

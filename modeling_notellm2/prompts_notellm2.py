@@ -12,6 +12,10 @@ from enum import Enum
 from typing import Any
 
 
+ITEM_FIELDS = ("title", "topics", "content", "image")
+"""What an item is made of, beside its `item_id`."""
+
+
 class Slot(Enum):
     """A place in a prompt that is not text: an image's visual tokens, or the visual embedding's read-out."""
 

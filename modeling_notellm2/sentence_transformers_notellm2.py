@@ -25,7 +25,6 @@ logger = logging.get_logger(__name__)
 
 OUTPUTS = ("multimodal", "visual")
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values")
-ITEM_FIELDS = {"item_id", "title", "topics", "content", "image", "text"}
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
 
 
@@ -179,11 +178,7 @@ class NoteLLM2ItemEncoder(InputModule):
 
 
 def _read(number: int, raw: Any) -> Any:
-    """One input as the processor takes it; a dict must be an item's."""
-    if isinstance(raw, Mapping) and raw and not ITEM_FIELDS & raw.keys():
-        raise ValueError(
-            f"row {number}: a dict of {', '.join(map(str, raw))} has none of {', '.join(sorted(ITEM_FIELDS))}."
-        )
+    """One input as the processor takes it."""
     if isinstance(raw, Mapping) and "text" in raw:
         if raw.get("content"):
             raise ValueError(f"row {number}: an item has `text` and `content`; one of them is expected.")

@@ -128,6 +128,32 @@ def test_bad_fields_are_named():
         processor(["a", 3])
 
 
+@pytest.mark.parametrize("keys", [["Title"], ["images"], ["item_id", "Title", "photo"], ["text"], ["bytes", "path"]])
+def test_a_dict_that_is_no_item_is_refused_with_its_keys(keys):
+    """Further columns beside an item's are fine, and so is an item of which nothing is known."""
+    processor = processor_with()
+    with pytest.raises(
+        ItemError, match=rf"row 1.*a dict of {', '.join(keys)} has none of content, image, title, topics"
+    ):
+        processor([{"title": "a"}, dict.fromkeys(keys, "x")])
+    whole = processor([{"title": "a", "Title": "x", "price": 7}, {"title": None}, {"item_id": "x"}, {}])["input_ids"]
+    assert whole[1] == whole[2] == whole[3]
+    assert whole[0][-40:] == processor({"title": "a"})["input_ids"][0][-40:]
+
+
+@pytest.mark.parametrize("kind", ["pt", "np"])
+def test_no_item_gives_empty_tensors_of_integers(kind):
+    inputs = processor_with()([], return_tensors=kind)
+    assert {
+        name: (tuple(values.shape), str(values.dtype).removeprefix("torch.")) for name, values in inputs.items()
+    } == {
+        "input_ids": ((0, 0), "int64"),
+        "attention_mask": ((0, 0), "int64"),
+        "num_images": ((0,), "int64"),
+    }
+    assert dict(processor_with()([])) == {"input_ids": [], "attention_mask": [], "num_images": []}
+
+
 def test_ready_prompts():
     processor = processor_with(prompt_language="en")
     item = {"title": "x", "image": [RED, RED]}

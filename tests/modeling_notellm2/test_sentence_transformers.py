@@ -141,6 +141,8 @@ def test_a_prompt_is_text_before_the_item_and_none_is_the_default(encoder, tiny_
 def test_mistakes_are_named(encoder, tmp_path, caplog):
     with pytest.raises(ValueError, match="a dict of bytes, path has none of content, image"):
         encoder.encode(["a", {"bytes": b"", "path": None}], batch_size=2)
+    with pytest.raises(ValueError, match="row 0 .item_id '7'.: a dict of item_id, Title has none of"):
+        encoder.encode([{"item_id": "7", "Title": "a"}])
     with pytest.raises(ValueError, match="`text` and `content`"):
         encoder.encode({"text": "a", "content": "b"})
     with pytest.raises(ValueError, match="row 0 .item_id '7'.: image file .* does not exist"):

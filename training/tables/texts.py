@@ -1,0 +1,227 @@
+"""What a value is as text: one rule for the cells of every kind of table, one by one and column by column.
+
+Binary UTF-8 is text. Null and NaN are empty, and so are blanks alone. Whole floats are integers, truth values are `true` and
+`false`, dates and times are written as ISO 8601 with a blank. Lists and structs are no text, and neither is what isn't
+valid Unicode: nothing is ever replaced.
+"""
+
+import datetime
+import math
+import numbers
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+BLANKS = "".join(chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace())
+"""Every character that `str.strip` takes off; engines that trim ids in SQL must take off the same."""
+EXACT = 2**53
+"""Integers beyond it are not all there as float64: a whole float up to here is an integer, one beyond has lost digits."""
+
+
+class CellError(ValueError):
+    """A value that can't be what its column is; the message says why."""
+
+
+Faults = dict[int, str]
+"""Reason by row of a column."""
+
+
+def plain_text(value: Any) -> str:
+    """The text of one value, blanks around it included; "" for what is missing.
+
+    Raises:
+        CellError: for a list or struct that holds something, and for what isn't valid Unicode.
+    """
+    if isinstance(value, str):
+        return _valid(value)
+    if is_missing(value):
+        return ""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return _decoded(bytes(value))
+    if isinstance(value, (bool, np.bool_)):
+        return "true" if value else "false"
+    if isinstance(value, numbers.Integral):
+        return str(int(value))
+    if isinstance(value, (float, np.floating)):
+        return _float_text(value)
+    if isinstance(value, Decimal):
+        return str(int(value)) if value == value.to_integral_value() else f"{value:f}"
+    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, np.datetime64, uuid.UUID)):
+        return str(value)
+    if hasattr(value, "__len__") and not len(value):
+        return ""
+    raise CellError(f"a {_kind(value)} where a text is expected")
+
+
+def is_missing(value: Any) -> bool:
+    """None, NaN and pandas' NaT and NA."""
+    if value is None:
+        return True
+    if isinstance(value, (str, bytes, list, tuple, dict, np.ndarray)):
+        return False
+    different = value != value
+    return different is True or different is np.True_ or type(value).__name__ == "NAType"
+
+
+def texts_of(column: pa.Array, names: list[str] | None = None) -> tuple[pa.Array, Faults]:
+    """A whole column by `plain_text`.
+
+    Args:
+        column: (n,) of any type.
+        names: of the classes, where the column holds numbers of classes (`datasets.ClassLabel`).
+
+    Returns:
+        (n,) string, null where there is no text; and the rows whose value is none, with the reason.
+    """
+    if names is not None:
+        return _row_by_row(column, lambda value: _class_name(value, names))
+    column = _unwrapped(column)
+    kind = column.type
+    if pa.types.is_null(kind):
+        return pa.nulls(len(column), pa.string()), {}
+    if pa.types.is_integer(kind):
+        return column.cast(pa.string()), {}
+    if is_stringlike(kind):
+        texts = _as_strings(column)
+        if texts is not None:
+            return _without_blank(texts), {}
+    return _row_by_row(column, plain_text)
+
+
+def values_of(column: pa.Array) -> Iterator[Any]:
+    """Python values of a column; bytes in place of a text that isn't UTF-8."""
+    try:
+        return iter(column.to_pylist())
+    except UnicodeDecodeError:
+        return iter(_binary_inside(column).to_pylist())
+
+
+def is_stringlike(kind: pa.DataType) -> bool:
+    """Text or binary of any width."""
+    return kind in (
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.binary_view(),
+    ) or pa.types.is_fixed_size_binary(kind)
+
+
+def _row_by_row(column: pa.Array, text_of: Callable[[Any], str]) -> tuple[pa.Array, Faults]:
+    texts: list[str | None] = []
+    faults: Faults = {}
+    for row, value in enumerate(_unboxed(column)):
+        text = None
+        try:
+            text = text_of(value)
+        except CellError as error:
+            faults[row] = str(error)
+        texts.append(text if text and not text.isspace() else None)
+    return pa.array(texts, pa.string()), faults
+
+
+def _unboxed(column: pa.Array) -> Iterator[Any]:
+    """Values with narrow floats as they are written (0.1, where Python's float has 0.10000000149011612)."""
+    if column.type in (pa.float16(), pa.float32()):
+        valid = column.is_valid().to_pylist()
+        numbers_there = column.to_numpy(zero_copy_only=False)
+        return (value if there else None for value, there in zip(numbers_there, valid, strict=True))
+    return values_of(column)
+
+
+def _unwrapped(column: pa.Array) -> pa.Array:
+    """Without dictionary and extension types."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if isinstance(column.type, pa.BaseExtensionType) and is_stringlike(column.type.storage_type):
+        is_uuid = column.type.extension_name == "arrow.uuid"
+        return column if is_uuid else column.storage
+    return column
+
+
+def _as_strings(column: pa.Array) -> pa.Array | None:
+    """A column of text or binary as string; None when some value isn't UTF-8."""
+    if pa.types.is_fixed_size_binary(column.type):
+        column = column.cast(pa.binary())
+    wide = column.type in (pa.large_string(), pa.large_binary())
+    binary = column.cast(pa.large_binary() if wide else pa.binary())
+    try:
+        texts = binary.view(pa.large_string() if wide else pa.string())
+        texts.validate(full=True)
+        return texts.cast(pa.string())
+    except pa.ArrowInvalid:
+        return None
+
+
+def _without_blank(texts: pa.Array) -> pa.Array:
+    """Null in place of what is empty or blanks alone."""
+    filled = pc.greater(pc.binary_length(pc.utf8_trim(texts, characters=BLANKS)), 0)
+    return pc.if_else(pc.fill_null(filled, False), texts, pa.scalar(None, pa.string()))
+
+
+def _binary_inside(column: pa.Array) -> pa.Array:
+    """Strings as binary, inside lists and structs too."""
+    return column.cast(_binary_type(column.type))
+
+
+def _binary_type(kind: pa.DataType) -> pa.DataType:
+    if kind in (pa.string(), pa.string_view()):
+        return pa.binary()
+    if kind == pa.large_string():
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_binary_type(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(_binary_type(kind.value_type))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_binary_type(kind.value_type))
+    return kind
+
+
+def _class_name(value: Any, names: list[str]) -> str:
+    if is_missing(value):
+        return ""
+    if not isinstance(value, numbers.Integral) or not -1 <= value < len(names):
+        raise CellError(f"class {value} where there are {len(names)} classes")
+    return names[int(value)] if value >= 0 else ""  # -1: datasets' "no label"
+
+
+def _float_text(value: Any) -> str:
+    number = float(value)
+    if number.is_integer() and abs(number) <= EXACT:
+        return str(int(number))
+    return repr(number) if isinstance(value, float) else str(value)  # numpy writes float32 as short as it can
+
+
+def _valid(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CellError(f"not valid Unicode (half of a surrogate pair at character {error.start})") from error
+    return text
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise CellError(f"not UTF-8 (byte 0x{content[error.start]:02x} at {error.start})") from error
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return "struct"
+    return "list" if isinstance(value, (list, tuple, np.ndarray)) else type(value).__name__
+
+
+def is_infinite(value: Any) -> bool:
+    """Whether a number is one of the infinities."""
+    return isinstance(value, (float, np.floating)) and math.isinf(value)

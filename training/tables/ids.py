@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from training.tables.texts import BLANKS, EXACT, Faults, CellError, is_infinite, plain_text, texts_of
+from training.tables.texts import BLANKS, EXACT, CellError, Faults, is_infinite, plain_text, texts_of
 
 
 LOST_DIGITS = "a float too large to be exact, whose last digits are lost; write ids as integers or text"
-EXACT_NARROW = {pa.float16(): 2**11, pa.float32(): 2**24}
+EXACT_TO = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): EXACT}
 
 
 def id_of(value: Any) -> str:
@@ -37,9 +37,10 @@ def id_of(value: Any) -> str:
     """
     if is_infinite(value):
         raise CellError("an infinite number")
-    exact = {np.float16: 2**11, np.float32: 2**24}.get(type(value), EXACT)
-    if isinstance(value, (float, np.floating)) and abs(value) > exact:
-        raise CellError(LOST_DIGITS)
+    if isinstance(value, (float, np.floating)):
+        exact = EXACT_TO[pa.from_numpy_dtype(value.dtype)] if isinstance(value, np.floating) else EXACT
+        if abs(float(value)) > exact:
+            raise CellError(LOST_DIGITS)
     return plain_text(value).strip()
 
 
@@ -62,7 +63,7 @@ def ids_of(column: pa.Array, names: list[str] | None = None) -> tuple[pa.Array, 
 
 
 def _of_floats(column: pa.Array) -> tuple[pa.Array, Faults]:
-    exact = EXACT_NARROW.get(column.type, EXACT)
+    exact = EXACT_TO[column.type]
     numbers = pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy(zero_copy_only=False)
     lost = np.isinf(numbers) | (np.abs(numbers) > exact)
     faults = {

@@ -189,9 +189,10 @@ def _binary_type(kind: pa.DataType) -> pa.DataType:
 def _class_name(value: Any, names: list[str]) -> str:
     if is_missing(value):
         return ""
-    if not isinstance(value, numbers.Integral) or not -1 <= value < len(names):
+    number = int(value) if isinstance(value, numbers.Integral) else len(names)
+    if not -1 <= number < len(names):
         raise CellError(f"class {value} where there are {len(names)} classes")
-    return names[int(value)] if value >= 0 else ""  # -1: datasets' "no label"
+    return names[number] if number >= 0 else ""  # -1: datasets' "no label"
 
 
 def _float_text(value: Any) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
 from .backbones_notellm2 import item_tokens
-from .images_notellm2 import image_sources, load_image
+from .images_notellm2 import image_sources, is_nan, load_image
 from .prompts_notellm2 import (
     ITEM_FIELDS,
     WORDINGS,
@@ -201,6 +201,10 @@ class NoteLLM2Processor(ProcessorMixin):
             rows = [[prefix, *row] for row in rows]
         data: dict[str, Any] = self._tokenize(rows, padding, padding_side, max_length, pad_to_multiple_of)
         data["num_images"] = [len(of_row) for of_row, _ in sources]
+        if return_tensors is not None and not rows:  # empty lists would become floats
+            data = {"num_images": np.zeros(0, np.int64)} | {
+                name: np.zeros((0, 0), np.int64) for name in ("input_ids", "attention_mask")
+            }
         if process_images and any(data["num_images"]):
             data["pixel_values"] = self._pixels(sources)
         if not rows and return_tensors is not None:  # an empty list has no type, and torch takes it for floats
@@ -218,6 +222,8 @@ class NoteLLM2Processor(ProcessorMixin):
             with _naming(where):
                 item = as_item(raw)
                 rows.append(self._pieces(item))
+                if is_nan(item.get("image")) and self.item_text(item) == ItemText("", "", ""):
+                    raise ItemError("its image is NaN and it has no text: nothing to embed")
             sources.append((image_sources(item.get("image")), where))
         return rows, sources
 

@@ -15,11 +15,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from modeling_notellm2.images_notellm2 import image_sources, load_image
+from modeling_notellm2.images_notellm2 import check_regular_file, image_sources, load_image
 from modeling_notellm2.prompts_notellm2 import ItemError
 
 
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 KEY_BYTES = 16
 PER_TASK = 64
 """Items that a worker handles before it answers."""
@@ -72,8 +71,8 @@ def image_fault(item: Item) -> str | None:
                     opened.load()
             else:
                 load_image(source)
-    except IMAGE_ERRORS as error:
-        return str(error)
+    except Exception as error:  # decoders raise errors of every kind for bytes that they don't understand
+        return str(error) or type(error).__name__
     return None
 
 
@@ -99,8 +98,11 @@ def read_encoded(source: Any) -> Any:
     if not isinstance(source, (str, os.PathLike)) or str(source).startswith(("http://", "https://")):
         return source
     try:
+        check_regular_file(source)
         return Path(source).read_bytes()
-    except OSError as error:
+    except ItemError:
+        raise
+    except (OSError, ValueError) as error:
         raise ItemError(f"image can't be read ({error})") from error
 
 

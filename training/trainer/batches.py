@@ -94,7 +94,7 @@ class ItemCollator:
                 readable.append(source)
             except ItemError as error:
                 self._list(item, str(error))
-        return (item if len(readable) == len(sources) else {**item, "image": readable}), pictures
+        return ({**item, "image": readable} if "image" in item else item), pictures
 
     def inputs(self, opened: Sequence[tuple[Item, list[Picture]]]) -> dict[str, Tensor]:
         """The model's inputs for opened items."""

@@ -40,6 +40,9 @@ POINTS_PER_CENTROID = 39
 """k-means of FAISS wants at least so many training vectors for each centroid."""
 
 
+Queries = np.ndarray | Sequence[np.ndarray] | Sequence[Sequence[float]] | Sequence[str]
+
+
 @dataclass
 class BuildArguments:
     """What to index, and how."""
@@ -126,12 +129,12 @@ class Index:
             raise ValueError(f"{path}: {faiss_index.ntotal} vectors, {len(ids)} ids; build the index again.")
         return cls(settings, faiss_index, ids)
 
-    def search(self, queries: np.ndarray | Sequence[str], k: int = 20) -> list[list[Neighbour]]:
+    def search(self, queries: Queries, k: int = 20) -> list[list[Neighbour]]:
         """The nearest items of each query, best first.
 
         Args:
-            queries: vectors `(n, d)` of unit length, or ids of items in the index, each of which is left out of its own
-                result. An approximate kind may find fewer than `k`.
+            queries: vectors `(n, d)` of unit length (an array, a tensor, or a list of vectors), or ids of items in the
+                index, each of which is left out of its own result. An approximate kind may find fewer than `k`.
             k: neighbours of each.
 
         Raises:
@@ -139,13 +142,15 @@ class Index:
         """
         if k < 1:
             raise ValueError(f"k is {k}; it must be at least 1.")
-        if isinstance(queries, np.ndarray):
-            return self._search(queries, [None] * len(queries), k)
         if isinstance(queries, str):
             raise ValueError("ids are a list; pass [id] for one of them.")
-        rows = self._rows(list(queries))
-        vectors = np.stack([self.faiss_index.reconstruct(row) for row in rows]) if rows else np.zeros((0, self.width))
-        return self._search(vectors, rows, k)
+        if not len(queries):
+            return []
+        if not all(isinstance(query, str) for query in queries):
+            vectors = _vectors(queries)
+            return self._search(vectors, [None] * len(vectors), k)
+        rows = self._rows([str(query) for query in queries])
+        return self._search(np.stack([self.faiss_index.reconstruct(row) for row in rows]), rows, k)
 
     @property
     def width(self) -> int:
@@ -160,7 +165,7 @@ class Index:
         results = []
         for of_query, own, found in zip(scores.tolist(), own_rows, rows.tolist(), strict=True):
             kept = [(row, score) for row, score in zip(found, of_query, strict=True) if row not in (-1, own)][:k]
-            described = self.ids.take([row for row, _ in kept]).to_pylist()
+            described = self.ids.take(pa.array([row for row, _ in kept], pa.int64())).to_pylist()
             results.append(
                 [
                     Neighbour(one["item_id"], score, one.get("title"))
@@ -177,6 +182,18 @@ class Index:
                 f"Not in the index: {', '.join(unknown[:5])}. Was it left out when encoding (rejects.parquet)?"
             )
         return [row for row in rows if row is not None]
+
+
+def _vectors(queries: Any) -> np.ndarray:
+    """An array of what should be vectors.
+
+    Raises:
+        ValueError: for anything else: ids and vectors mixed, ids that are no text, vectors of several widths.
+    """
+    try:
+        return np.asarray(queries, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Queries are vectors of one width, or ids, which are texts ({error}).") from error
 
 
 def build(arguments: BuildArguments) -> dict[str, Any]:

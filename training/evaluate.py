@@ -6,6 +6,7 @@ left out, with the reason). `evaluate_model` gives the same content to Python ca
     {
       "model": str, "compared_with": str | null, "settings": {option: value},
       "counts": {"items": int, "pairs": int, "rejected_rows": int},
+      "trained_share": float | null (with --train_pairs: share of the pairs that are train pairs),
       "metrics": {EMBEDDING: {
           "published":      {"queries": int, "candidates": int, "unknown_pairs": int, "repeated_pairs": int,
                              "metrics": {METRIC: INTERVAL}, "rank_percentiles": {"50": float, ...},
@@ -53,15 +54,24 @@ from training.evaluation.metrics import (
     published_metrics,
     rank_percentiles,
 )
+from training.evaluation.overlap import trained_share
 from training.evaluation.retrieval import (
     RetrievalResult,
     expected_precision,
+    has_label,
     nearest,
     precisions_at_k,
     rank_all_targets,
     rank_targets,
 )
-from training.evaluation.slices import ItemFacts, count_in_pairs, item_facts, measure_slices, query_slices
+from training.evaluation.slices import (
+    ItemFacts,
+    count_in_pairs,
+    item_facts,
+    measure_slices,
+    pair_positions,
+    query_slices,
+)
 from training.reporting.evaluation_plots import draw_plots
 from training.reporting.evaluation_tables import as_markdown, show
 from training.tables.items import ItemTable, TableError, load_items, load_pairs
@@ -217,14 +227,14 @@ def measure_view(
 
 
 def _precision(view: View, labels: Sequence[Any] | None, options: MeasureOptions) -> dict[str, Any] | None:
-    """Share of the nearest items with the same label."""
-    if labels is None or len(view.positions) <= NEIGHBOURS:
+    """Share of the nearest items with the same label, over the labelled items; None without one."""
+    chosen = [labels[position] for position in view.positions] if labels is not None else []
+    if len(chosen) <= NEIGHBOURS or not any(map(has_label, chosen)):
         return None
     name = f"precision@{NEIGHBOURS}"
-    chosen = [labels[position] for position in view.positions]
     values = precisions_at_k(view.embeddings, chosen, NEIGHBOURS).numpy()
     return {
-        "items": len(chosen),
+        "items": len(values),
         "metrics": intervals({name: values}, options.bootstrap),
         "random": {name: expected_precision(chosen)},
     }
@@ -232,9 +242,10 @@ def _precision(view: View, labels: Sequence[Any] | None, options: MeasureOptions
 
 def _slices(view: View, measured: Measured, facts: ItemFacts, options: MeasureOptions) -> list[dict[str, Any]]:
     positions = np.asarray(view.positions)
-    queries, targets = positions[measured.published.queries], positions[measured.published.targets]
+    published = measured.published  # as arrays: NumPy takes a tensor of one row for a number
+    queries, targets = positions[published.queries.numpy()], positions[published.targets.numpy()]
     slices = query_slices(facts, queries, targets, options.length_thresholds, options.top_categories)
-    rows = measure_slices(slices, measured.published.ranks.numpy(), options.ks, options.bootstrap)
+    rows = measure_slices(slices, published.ranks.numpy(), options.ks, options.bootstrap)
     return [{"embedding": view.name, **row} for row in rows]
 
 
@@ -288,6 +299,7 @@ def run(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]
             raise TableError(f"{arguments.items}: no item whose column 'split' says '{arguments.eval_split}'.")
     table, rejected = load_pairs(arguments.pairs, items)
     rejects += rejected
+    share = trained_share(table.pairs, pair_positions(arguments.train_pairs, items)) if arguments.train_pairs else None
     pairs = [(items.item_ids[query], items.item_ids[target]) for query, target in table.pairs.tolist()]
     labels = items.column(arguments.label_column) if arguments.label_column else None
     popularity = count_in_pairs(arguments.train_pairs, items) if arguments.train_pairs else None
@@ -312,6 +324,7 @@ def run(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]
         "compared_with": arguments.compare,
         "settings": {**asdict(arguments), **asdict(options)},
         "counts": counts,
+        "trained_share": share,
         **found,
     }
     write_evaluation(report, output)

@@ -21,6 +21,7 @@ from transformers import AutoProcessor, set_seed
 
 from training.evaluation.embed import evaluate, evaluate_in_training, measure, random_expectation
 from training.evaluation.evidence import evaluate_whole, explain
+from training.evaluation.overlap import trained_share
 from training.report import write_report
 from training.reporting.summary import show
 from training.tables.items import ItemTable, PairTable, TableError, load_items, load_pairs
@@ -51,6 +52,8 @@ class RunData:
     eval_pairs: list[tuple[str, str]]
     labels: list[Any] | None
     rejects: Rejects
+    trained_share: float = 0.0
+    """Of the pairs to evaluate on: how many are train pairs."""
 
 
 def load_data(arguments: DataArguments, num_workers: int) -> RunData:
@@ -63,12 +66,14 @@ def load_data(arguments: DataArguments, num_workers: int) -> RunData:
         positions = items.where("split", arguments.eval_split)
     eval_items = items.select(positions)
     pairs: list[tuple[str, str]] = []
+    share = 0.0
     if arguments.eval_pairs is not None:
         table, rejected = load_pairs(arguments.eval_pairs, eval_items)
         rejects += rejected
+        share = trained_share(positions[table.pairs], train.pairs)
         pairs = [(eval_items.item_ids[query], eval_items.item_ids[target]) for query, target in table.pairs.tolist()]
     labels = eval_items.column(arguments.label_column) if arguments.label_column else None
-    return RunData(items, train, eval_items, positions, pairs, labels, rejects)
+    return RunData(items, train, eval_items, positions, pairs, labels, rejects, share)
 
 
 def save_model(trainer: NoteLLM2Trainer, folder: Path, merge: bool) -> None:
@@ -202,6 +207,7 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "all_parameters": sum(p.numel() for p in model.parameters()),
     }
+    report["trained_share"] = data.trained_share
     save_model(trainer, output / "model", options.merge_adapter)  # before what is only for the report, which may fail
     if trainer.is_world_process_zero():
         for name in OF_ONE_MODEL:

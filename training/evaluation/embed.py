@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from training.evaluation.retrieval import expected_precision, precision_at_k, rank_targets
+from training.evaluation.retrieval import expected_precision, has_label, precision_at_k, rank_targets
 from training.tables.items import ItemTable
 from training.trainer.adapters import base_of
 from training.trainer.distributed import gather, world_size
@@ -203,8 +203,8 @@ def measure(
     """Metrics of the embeddings of the items at `positions`, each under `name/`."""
     result = rank_targets(embeddings, [items.item_ids[i] for i in positions], pairs)
     metrics = {f"{name}/recall@{k}": result.recall(k) for k in RECALL_AT}
-    if labels is not None and len(positions) > NEIGHBOURS:
-        chosen = [labels[i] for i in positions]
+    chosen = [labels[i] for i in positions] if labels is not None else []
+    if len(chosen) > NEIGHBOURS and any(map(has_label, chosen)):
         metrics[f"{name}/precision@{NEIGHBOURS}"] = precision_at_k(embeddings, chosen, NEIGHBOURS)
     return metrics
 
@@ -213,7 +213,7 @@ def random_expectation(items: ItemTable, pairs: Pairs, labels: Sequence[Any] | N
     """What a random ranking of all items reaches, with the number of queries and candidates beside it."""
     result = rank_targets(torch.zeros(len(items), 1), items.item_ids, pairs)
     metrics = {f"random/recall@{k}": result.expected_recall(k) for k in RECALL_AT}
-    if labels is not None and len(items) > NEIGHBOURS:
+    if labels is not None and len(items) > NEIGHBOURS and any(map(has_label, labels)):
         metrics[f"random/precision@{NEIGHBOURS}"] = expected_precision(labels)
     return metrics | {
         "queries": len(result.ranks),

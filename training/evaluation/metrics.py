@@ -62,7 +62,7 @@ def multi_positive_metrics(result: MultiPositiveResult, ks: Sequence[int]) -> Pe
     ranks, query_of, queries = result.ranks.numpy(), result.query_of.numpy(), len(result.queries)
     targets = np.bincount(query_of, minlength=queries)
     metrics: PerQuery = {}
-    gains = np.concatenate([[0.0], np.cumsum(_discount(np.arange(1, max(ks) + 1)))])
+    gains = np.concatenate([[0.0], np.cumsum(_discount(np.arange(1, targets.max(initial=0) + 1)))])
     for k in ks:
         found = np.bincount(query_of, ranks <= k, minlength=queries)
         gain = np.bincount(query_of, np.where(ranks <= k, _discount(ranks), 0.0), minlength=queries)

@@ -168,13 +168,14 @@ def recall_at_k(
 
 
 def precision_at_k(embeddings: Tensor, labels: Sequence[object], k: int) -> float:
-    """`precisions_at_k` averaged over the items."""
-    return precisions_at_k(embeddings, labels, k).double().mean().item()
+    """`precisions_at_k` averaged over the labelled items."""
+    return precisions_at_k(embeddings, labels, k).mean().item()
 
 
 def precisions_at_k(embeddings: Tensor, labels: Sequence[object], k: int) -> Tensor:
-    """Share of each item's `k` nearest other items (by dot product) that carry its label.
+    """Share of each labelled item's `k` nearest other items (by dot product) that carry its label.
 
+    An item without a label (see `has_label`) asks nothing and answers nobody, yet takes its place among the nearest.
     Where a tie crosses the k-th place, the candidates with another label are taken first.
 
     Args:
@@ -182,11 +183,11 @@ def precisions_at_k(embeddings: Tensor, labels: Sequence[object], k: int) -> Ten
         labels: n hashable labels.
 
     Returns:
-        (n,) float64.
+        (m,) float64, one for each labelled item, in their order.
 
     Raises:
-        ValueError: when labels and rows differ in number, when fewer than `k` other items exist, or when an embedding
-            is not finite.
+        ValueError: when labels and rows differ in number, when fewer than `k` other items or no label exist, or when an
+            embedding is not finite.
     """
     if len(labels) != len(embeddings):
         raise ValueError(f"{len(embeddings)} embeddings need as many labels; got {len(labels)}.")
@@ -194,11 +195,10 @@ def precisions_at_k(embeddings: Tensor, labels: Sequence[object], k: int) -> Ten
         raise ValueError(f"precision@{k} needs more than {k} items and a positive k; got {len(embeddings)} items.")
     _require_finite(embeddings)
 
-    number_of = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    classes = torch.tensor([number_of[label] for label in labels], device=embeddings.device)
+    classes = _classes(labels).to(embeddings.device)
     vectors = embeddings.double()
     hits = []
-    for rows in torch.arange(len(vectors), device=vectors.device).split(max(1, SCORES // len(vectors))):
+    for rows in (classes >= 0).nonzero().flatten().split(max(1, SCORES // len(vectors))):
         scores = vectors[rows] @ vectors.T
         scores[torch.arange(len(rows)), rows] = -torch.inf
         kth = scores.topk(k, dim=1).values[:, -1:]
@@ -208,6 +208,24 @@ def precisions_at_k(embeddings: Tensor, labels: Sequence[object], k: int) -> Ten
         free_places = k - above.sum(1)
         hits.append((above & same).sum(1) + (free_places - tied_others).clamp(min=0))
     return torch.cat(hits).cpu().double() / k
+
+
+def has_label(label: object) -> bool:
+    """Whether an item's label says anything: None, NaN and blank text don't."""
+    return not (label is None or label != label or (isinstance(label, str) and not label.strip()))
+
+
+def _classes(labels: Sequence[object]) -> Tensor:
+    """(n,) int64 number of each label, -1 for a missing one.
+
+    Raises:
+        ValueError: when all are missing.
+    """
+    number_of: dict[object, int] = {}
+    classes = [number_of.setdefault(label, len(number_of)) if has_label(label) else -1 for label in labels]
+    if not number_of:
+        raise ValueError(f"None of {len(labels)} items has a label.")
+    return torch.tensor(classes)
 
 
 def nearest(embeddings: Tensor, queries: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -234,11 +252,14 @@ def nearest(embeddings: Tensor, queries: Tensor, candidates: Tensor, k: int) -> 
 
 
 def expected_precision(labels: Sequence[object]) -> float:
-    """`precision_at_k` of a ranking drawn at random, for any k: the share of ordered pairs that carry one label."""
-    counts: dict[object, int] = {}
-    for label in labels:
-        counts[label] = counts.get(label, 0) + 1
-    return sum(count * (count - 1) for count in counts.values()) / (len(labels) * (len(labels) - 1))
+    """`precision_at_k` of a ranking drawn at random, for any k: the share of other items that carry an item's label.
+
+    Raises:
+        ValueError: when no item has a label.
+    """
+    classes = _classes(labels)
+    counts = classes[classes >= 0].bincount()
+    return (counts * (counts - 1)).sum().item() / (counts.sum().item() * (len(labels) - 1))
 
 
 def _count_not_below(embeddings: Tensor, queries: Tensor, targets: Tensor, pool: Tensor, tile: int) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 
 from modeling_notellm2.prompts_notellm2 import FieldLimits
 from training.evaluation.metrics import Bootstrap, intervals, single_target_metrics
+from training.evaluation.retrieval import has_label
 from training.tables.items import ItemTable, clean_ids, require_columns
 from training.tables.reading import load_table
 from training.trainer.false_negatives import TEXT_FIELDS
@@ -32,7 +33,7 @@ class ItemFacts:
         characters: (n,) integer, characters of title, topics and content, as far as the processor reads them.
         has_text, has_image: (n,) bool.
         popularity: (n,) integer, train pairs that an item is in; None: not known.
-        labels: (n) category of each; None: not known.
+        labels: (n) category of each, missing ones as `has_label` says; None: not known.
     """
 
     characters: np.ndarray
@@ -65,18 +66,27 @@ def item_facts(
     return ItemFacts(characters, has_text, present.get("image", nothing), popularity, labels)
 
 
-def count_in_pairs(source: str, items: ItemTable) -> np.ndarray:
-    """(n,) int64: in how many pairs of a table each item is; pairs of other items are no fault here.
+def pair_positions(source: str, items: ItemTable) -> np.ndarray:
+    """(n, 2) int32: query and target of each pair of a table, -1 where it is none of the items.
 
     Raises:
         TableError: when the table can't be read or lacks query_id or target_id.
     """
     loaded, _ = load_table(source)
     require_columns(loaded, ["query_id", "target_id"])
+    sides = (clean_ids(loaded, name) for name in ("query_id", "target_id"))
+    return np.stack([items.item_ids.positions(ids)[loaded.readable] for ids in sides], axis=1)
+
+
+def count_in_pairs(source: str, items: ItemTable) -> np.ndarray:
+    """(n,) int64: in how many pairs of a table each item is; pairs of other items are no fault here.
+
+    Raises:
+        TableError: as `pair_positions`.
+    """
+    queries, targets = pair_positions(source, items).T
     counts = np.zeros(len(items), dtype=np.int64)
-    sides = [items.item_ids.positions(clean_ids(loaded, name))[loaded.readable] for name in ("query_id", "target_id")]
-    sides[1] = sides[1][sides[1] != sides[0]]  # a pair of one item with itself counts once
-    for positions in sides:
+    for positions in (queries, targets[targets != queries]):  # a pair of one item with itself counts once
         counts += np.bincount(positions[positions >= 0], minlength=len(items))
     return counts
 
@@ -176,7 +186,7 @@ def _by_novelty(group: str, query: np.ndarray, target: np.ndarray) -> list[Slice
 
 
 def _by_category(group: str, labels: Sequence[Any], top: int) -> list[Slice]:
-    names = np.array(["none" if label is None else str(label) for label in labels])
+    names = np.array([str(label) if has_label(label) else "none" for label in labels])
     common = [name for name, _ in Counter(names.tolist()).most_common(top)]
     return [
         *(Slice(group, name, names == name) for name in common),

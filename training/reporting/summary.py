@@ -49,6 +49,8 @@ def show(report: dict[str, Any], output: Path) -> None:
                 table.add_row(*row)
             table.add_section()
         console.print(table)
+    if report.get("trained_share"):
+        console.print(f"{report['trained_share']:.1%} of the pairs measured on are train pairs: figures of memory.")
     rejected = report["counts"]["rejected_rows"]
     console.print(f"Rows left out: {rejected}" + (f", see {output / 'rejects.jsonl'}" if rejected else ""))
     console.print(f"Model:   {output / 'model'}\nMetrics: {output / 'metrics.json'}\nLogs:    {output / 'logs'}")

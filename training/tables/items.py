@@ -136,7 +136,7 @@ class PairTable:
 
     Attributes:
         pairs: (n, 2) int32, query and target.
-        groups: (n,) int32 code of each pair's `distinct_column`, if asked for.
+        groups: (n,) int32 code of each pair's `distinct_column`, -1 where it is missing, if asked for.
         negatives: (n, k) int32 hard negatives of each pair, if the table has columns negative_1 .. negative_k.
     """
 
@@ -273,7 +273,7 @@ def load_pairs(
     if distinct_column is not None:
         require_columns(matched.table, [distinct_column])
         values = matched.table.rows.select_columns([distinct_column]).with_format("arrow")[matched.rows]
-        groups = pc.fill_null(values[distinct_column].combine_chunks().dictionary_encode().indices, -1).to_numpy()
+        groups = _group_codes(values[distinct_column].combine_chunks())
     names = [name for number in range(1, len(columns)) if (name := f"negative_{number}") in columns]
     if names:
         found = [items.item_ids.positions(clean_ids(matched.table, name))[matched.rows] for name in names]
@@ -282,6 +282,15 @@ def load_pairs(
         drawn = np.random.default_rng(seed).integers(matched.pairs.size, size=int(empty.sum()))
         negatives[empty] = matched.pairs.reshape(-1)[drawn]
     return PairTable(matched.pairs, groups, negatives), matched.rejects
+
+
+def _group_codes(values: pa.Array) -> np.ndarray:
+    """(n,) int32 code of each value; -1 for what is missing: null, NaN and blank text, which bind nothing."""
+    missing = pc.is_null(values, nan_is_null=True)
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        missing = pc.or_kleene(missing, pc.equal(pc.utf8_trim_whitespace(values), ""))
+    codes = pc.fill_null(values.dictionary_encode().indices, -1).to_numpy(zero_copy_only=False)
+    return np.where(missing.to_numpy(zero_copy_only=False), np.int32(-1), codes)
 
 
 def require_columns(table: LoadedTable, names: Sequence[str]) -> None:

@@ -50,7 +50,7 @@ class DistinctItemsSampler(Sampler[int]):
         self.columns = [np.asarray(pairs.pairs, dtype=np.int32).reshape(-1, 2)]
         if pairs.negatives is not None:
             self.columns.append(np.asarray(pairs.negatives, dtype=np.int32))
-        self.groups = None if pairs.groups is None else np.asarray(pairs.groups, dtype=np.int32)
+        self.groups = None if pairs.groups is None else _group_keys(np.asarray(pairs.groups, dtype=np.int32))
         if len(self) == 0:
             raise ValueError(f"{len(self.columns[0])} pairs don't fill one batch: lower per_device_train_batch_size.")
         reached = len(self._complete([], set(), np.random.default_rng(self.seed)))
@@ -130,13 +130,19 @@ class DistinctItemsSampler(Sampler[int]):
         """What no two pairs of a batch share: item positions, and the group as a negative number."""
         columns = [column[chosen] for column in self.columns]
         if self.groups is not None:
-            columns.append(-2 - self.groups[chosen, None])  # a group is -1 or more
+            columns.append(self.groups[chosen, None])
         return np.concatenate(columns, axis=1).tolist()
 
     def _lengths(self, chosen: np.ndarray) -> np.ndarray:
         """The longest item of each pair."""
         assert self.lengths is not None
         return np.max([self.lengths[column[chosen]].max(1) for column in self.columns], axis=0)
+
+
+def _group_keys(groups: np.ndarray) -> np.ndarray:
+    """(n,) int32 below 0, where no item's position is: one for each group, and one of its own for a pair without (-1)."""
+    alone = -2 - groups.max(initial=-1) - np.arange(len(groups), dtype=np.int32)
+    return np.where(groups < 0, alone, -1 - groups)
 
 
 def item_lengths(items: ItemTable, limits: FieldLimits, image_tokens: int) -> np.ndarray:

@@ -187,7 +187,7 @@ class NoteLLM2Trainer(Trainer):
         return DistinctItemsSampler(
             self.train_dataset.pairs,
             self._train_batch_size * self.args.world_size,
-            self.args.data_seed or self.args.seed,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
             self.lengths if grouped else None,
         )
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from hub import index as index_module
 from hub.catalogue.exports import export
@@ -111,6 +112,32 @@ def test_an_id_leaves_itself_out_and_titles_belong(encoded, built):
         index.search(["n1", "n20", "who"])
     with pytest.raises(ValueError, match=r"expected finite vectors \(n, 24\)"):
         index.search(np.ones((1, 23)))
+    for wrong in (["n1", np.ones(24)], [np.ones(24), np.ones(23)], [np.ones(24), None]):
+        with pytest.raises(ValueError, match="vectors of one width, or ids"):
+            index.search(wrong)
+    with pytest.raises(ValueError, match=r"Queries of shape \(1,\)"):
+        index.search([7])
+
+
+def test_queries_are_vectors_in_any_form(encoded, built):
+    index = Index.load(built)
+    queries = vectors(read_shards(encoded))[:3]
+    expected = index.search(queries, k=4)
+    for form in (list(queries), queries.tolist(), torch.from_numpy(queries), queries.astype(np.float64)):
+        assert index.search(form, k=4) == expected
+    assert index.search(np.array(["n9", "n1"]), k=4) == index.search(["n9", "n1"], k=4)
+    for nothing in ([], (), np.zeros((0, 24))):
+        assert index.search(nothing) == []
+
+
+def test_an_index_of_one_item_has_no_neighbour(tmp_path):
+    shards = write_shards(np.eye(1, 24, dtype=np.float32), tmp_path / "shards")
+    build(BuildArguments(str(shards), str(tmp_path / "index")))
+    index = Index.load(tmp_path / "index")
+    own = index.ids["item_id"].to_pylist()
+    assert index.search(own) == [[]]
+    assert index.search(own * 2, k=1) == [[], []]
+    assert [[neighbour.item_id for neighbour in result] for result in index.search(np.eye(1, 24))] == [own]
 
 
 @pytest.mark.parametrize(("kind", "least"), [("hnsw", 0.97), ("ivf_pq", 0.8)])

@@ -5,14 +5,17 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
+from transformers.utils import logging
 
 from tests.conftest import make_model
 from training.evaluate import EvaluateArguments, MeasureOptions, evaluate_model, run
 from training.evaluation.embed import embed
 from training.evaluation.metrics import multi_positive_metrics
+from training.evaluation.overlap import trained_share
 from training.evaluation.retrieval import precision_at_k, rank_all_targets, rank_targets
 from training.tables.items import load_items
 from training.trainer.batches import ItemCollator
@@ -155,3 +158,35 @@ def test_mistakes_are_named(coloured_tables, tiny_model_folder, tmp_path):
         )
     with pytest.raises(ValueError, match="ks are positive"):
         MeasureOptions(ks=[0])
+
+
+def test_one_query_is_measured_and_a_train_pair_is_said(coloured_tables, tiny_model_folder, tmp_path, caplog):
+    line = (coloured_tables / "test.jsonl").read_text().splitlines()[0]
+    pair = json.loads(line)
+    (tmp_path / "one.jsonl").write_text(line + "\n")
+    swapped = {"query_id": pair["target_id"], "target_id": pair["query_id"]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(swapped) + '\n{"query_id": "i1", "target_id": "lost"}\n')
+    items = tmp_path / "items.parquet"
+    pq.write_table(pq.read_table(coloured_tables / "items.parquet").slice(70, 16), items)
+    arguments = EvaluateArguments(
+        str(tiny_model_folder),
+        str(items),
+        str(tmp_path / "one.jsonl"),
+        str(tmp_path / "out"),
+        compare=str(tiny_model_folder),
+        label_column="colour",
+        train_pairs=str(tmp_path / "train.jsonl"),
+    )
+    logging.enable_propagation()
+    try:
+        report = run(arguments, MeasureOptions(ks=[1, 1_000_000], resamples=50))
+    finally:
+        logging.disable_propagation()
+    assert report["trained_share"] == 1.0
+    assert "100.0% of the pairs to measure on (1 of 1) are train pairs" in caplog.text
+    for protocol in ("published", "multi_positive"):
+        measured = report["metrics"]["both"][protocol]
+        assert measured["queries"] == 1
+        assert measured["metrics"]["recall@1000000"]["value"] == 1
+    assert (tmp_path / "out" / "evaluation.md").exists()
+    assert trained_share(np.array([[0, 1], [2, 3], [4, 5]]), np.array([[1, 0], [3, 4], [-1, 5], [2, -1]])) == 1 / 3

@@ -7,7 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training.evaluation.retrieval import expected_precision, precision_at_k, rank_targets, recall_at_k
+from training.evaluation.retrieval import (
+    expected_precision,
+    precision_at_k,
+    precisions_at_k,
+    rank_targets,
+    recall_at_k,
+)
 
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "recall"
@@ -86,3 +92,21 @@ def test_unusable_input_is_refused_with_the_reason():
         rank_targets(embeddings, list("abc"), [("a", "b")])
     with pytest.raises(ValueError, match="more than 3 items"):
         precision_at_k(torch.eye(3), list("abc"), 3)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), "", " "])
+def test_an_item_without_a_label_is_nobodys_neighbour(missing):
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(60, 6, generator=generator), dim=1)
+    labels = [missing if number % 3 else f"c{number % 2}" for number in range(60)]
+    scores = embeddings.double() @ embeddings.double().T
+    scores.fill_diagonal_(-2)
+    near = scores.topk(5, dim=1).indices.tolist()
+    naive = [sum(labels[row] == labels[n] for row in near[n]) / 5 for n in range(0, 60, 3)]
+    assert precisions_at_k(embeddings, labels, 5).tolist() == pytest.approx(naive)
+    assert precision_at_k(embeddings, labels, 5) == pytest.approx(sum(naive) / 20)
+    assert expected_precision(labels) == pytest.approx(2 * 10 * 9 / (20 * 59))
+    alone = [f"c{number}" if number < 10 else missing for number in range(60)]
+    assert precision_at_k(embeddings, alone, 10) == expected_precision(alone) == 0
+    with pytest.raises(ValueError, match="None of 60 items has a label"):
+        precision_at_k(embeddings, [missing] * 60, 10)

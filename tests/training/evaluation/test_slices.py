@@ -1,5 +1,6 @@
 """Slices: every query in one slice of each group, the right one, with the recall of its members."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -104,3 +105,14 @@ def test_thresholds_must_ascend():
     facts = facts_of(np.random.default_rng(0), 10)
     with pytest.raises(ValueError, match="two ascending"):
         query_slices(facts, np.arange(5), np.arange(5, 10), (50, 20))
+
+
+def test_items_without_a_category_are_one_slice():
+    generator = np.random.default_rng(0)
+    facts = replace(facts_of(generator, 6), labels=["a", None, "a", float("nan"), " ", "a"])
+    slices = query_slices(facts, np.arange(6), np.arange(6))
+    members = {one.name: one.members.tolist() for one in slices if one.group == "query category"}
+    assert members == {
+        "a": [True, False, True, False, False, True],
+        "none": [False, True, False, True, True, False],
+    }

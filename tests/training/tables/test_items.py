@@ -191,3 +191,25 @@ def test_images_are_opened_by_workers_and_hashed_by_content(tmp_path):
     assert (hashes == np.tile(hashes[:7], 40)).all()
     assert hashes[3] == hashes[5] == -1 < hashes[:3].min()
     assert hashes[0] == hashes[6] != hashes[1]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array(["a", None, "a", " ", "b", ""]),
+        pa.array([1.0, float("nan"), 1.0, None, 2.0, float("nan")]),
+        pa.array([5, None, 5, None, 6, None]),
+        pa.array(["a", None, "a", None, "b", None]).dictionary_encode(),
+    ],
+)
+def test_a_missing_value_of_the_distinct_column_is_no_group(tmp_path, values):
+    ids = [f"i{number}" for number in range(7)]
+    pq.write_table(pa.table({"item_id": ids, "title": ids}), tmp_path / "items.parquet")
+    pairs = pa.table({"query_id": ids[:-1], "target_id": ids[1:], "shop": values})
+    pq.write_table(pairs, tmp_path / "pairs.parquet")
+    items, _ = load_items(str(tmp_path / "items.parquet"))
+    table, _ = load_pairs(str(tmp_path / "pairs.parquet"), items, distinct_column="shop")
+    groups = table.groups.tolist()
+    assert [groups[place] for place in (1, 3, 5)] == [-1, -1, -1]
+    assert groups[0] == groups[2] != groups[4]
+    assert min(groups[0], groups[4]) >= 0

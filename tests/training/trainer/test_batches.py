@@ -65,6 +65,20 @@ def test_batches_hold_no_item_and_no_group_twice(lengths):
         DistinctItemsSampler(PairTable(pairs), 204)
 
 
+def test_pairs_without_a_group_meet_each_other_and_all_of_them_are_seen():
+    pairs = np.arange(4000).reshape(-1, 2)
+    groups = np.where(np.arange(2000) % 2, -1, np.arange(2000) // 2 % 40)
+    sampler = DistinctItemsSampler(PairTable(pairs, groups), 16)
+    order = list(sampler)
+    assert len(set(order) & set(range(1, 2000, 2))) > 990  # a few of any kind are left over at the end
+    batches = np.array(order).reshape(-1, 16)
+    assert max(np.sum(groups[batch] == -1) for batch in batches) > 4
+    for batch in batches:
+        known = groups[batch][groups[batch] >= 0]
+        assert len(set(known)) == len(known)
+    assert sorted(DistinctItemsSampler(PairTable(pairs, np.full(2000, -1)), 16)) == list(range(2000))
+
+
 def test_an_order_without_conflicts_is_a_permutation_and_a_popular_item_does_not_stop_it():
     pairs = np.arange(20_000).reshape(-1, 2)
     assert sorted(DistinctItemsSampler(PairTable(pairs), 16)) == list(range(10_000))

@@ -23,6 +23,7 @@ from training.trainer.adapters import load_trainable
 from training.trainer.arguments import ModelArguments, parse
 from training.trainer.batches import ItemCollator, PairCollator, PairDataset
 from training.trainer.checkpoints import checkpoint_to_resume, newest_checkpoint, publish_checkpoint
+from training.trainer.sampling import DistinctItemsSampler
 from training.trainer.trainer import NoteLLM2Trainer
 
 
@@ -294,3 +295,22 @@ def test_contradicting_options_are_refused(options):
         ModelArguments(model="m", lora_r=4, load_in_4bit=True, merge_adapter=True)
     with pytest.raises(ValueError, match="LlamaModel has no query; its linear layers are down_proj"):
         run(*parse(options(lora_r=4, lora_target_modules=["query"])))
+
+
+@pytest.mark.parametrize(("data_seed", "expected"), [(0, 0), (7, 7), (None, 42)])
+def test_the_order_of_pairs_follows_data_seed_where_there_is_one(options, data_seed, expected):
+    given = {} if data_seed is None else {"data_seed": data_seed}
+    model, tables, arguments = parse(options(seed=42, **given))
+    data = load_data(tables, 0)
+    collate = ItemCollator(AutoProcessor.from_pretrained(model.model), None)
+    trainer = NoteLLM2Trainer(
+        model=load_trainable(model),
+        args=arguments,
+        train_dataset=PairDataset(data.items, data.train),
+        data_collator=PairCollator(collate),
+    )
+    order = list(trainer.get_train_dataloader().batch_sampler)
+    size = arguments.per_device_train_batch_size
+    pairs = list(DistinctItemsSampler(data.train, size, seed=expected))
+    assert [pair for batch in order for pair in batch] == pairs
+    assert pairs != list(DistinctItemsSampler(data.train, size, seed=expected + 1))

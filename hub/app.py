@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.tables.commands import DONE, command, parse
+
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 import gradio as gr
 import torch
 from PIL import Image, ImageOps
-from transformers import HfArgumentParser
 
 from hub.pages.app_search import Hit, ItemSearch, QueryError, open_search
 from modeling_notellm2.images_notellm2 import image_sources, load_image
@@ -237,21 +238,19 @@ def build_page(app: App, title: str) -> gr.Blocks:
     return page
 
 
-def main(options: Sequence[str] | None = None) -> None:
-    """Entry point; a mistake in the options or the data ends with its message alone."""
-    arguments = HfArgumentParser(AppArguments).parse_args_into_dataclasses(options)[0]
-    try:
-        search = open_search(
-            arguments.model,
-            arguments.items,
-            arguments.index,
-            arguments.visual_index,
-            split=arguments.split,
-            cache=arguments.cache,
-            device=arguments.device,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"hub/app.py: {error}")
+@command("hub/app.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    (arguments,) = parse(AppArguments, options=options)
+    search = open_search(
+        arguments.model,
+        arguments.items,
+        arguments.index,
+        arguments.visual_index,
+        split=arguments.split,
+        cache=arguments.cache,
+        device=arguments.device,
+    )
     page = build_page(App(search), "Related items")
     system = ["system-ui", "sans-serif"]  # no fonts from the network
     page.launch(
@@ -262,7 +261,8 @@ def main(options: Sequence[str] | None = None) -> None:
         ssr_mode=False,
         max_file_size="20mb",
     )
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

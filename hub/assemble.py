@@ -11,14 +11,16 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hub.backbones.packaged import keep_layers, load_efficientnet_lite0, load_smollm2
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
+from training.tables.commands import DONE, command, parse
 
 
 PACKAGED_TEXT = "smollm2-135m"
@@ -177,17 +179,16 @@ def describe(model: NoteLLM2Model) -> str:
     )
 
 
-def main() -> None:
-    """Entry point; a mistake in the options ends with its message alone."""
-    arguments = HfArgumentParser(AssembleArguments).parse_args_into_dataclasses()[0]
-    try:
-        check_output(Path(arguments.output))
-        model, processor = assemble(arguments)
-        output = save(model, processor, arguments)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"hub/assemble.py: {error}")
+@command("hub/assemble.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    (arguments,) = parse(AssembleArguments, options=options)
+    check_output(Path(arguments.output))
+    model, processor = assemble(arguments)
+    output = save(model, processor, arguments)
     print(f"{describe(model)}\n{output}: model, processor and code; load it with AutoModel and AutoProcessor.")
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import HfArgumentParser
 
 from hub.cards.findings import eval_results, findings, model_metrics, protocol, read_metrics, results_table
 from hub.cards.model import DescribedModel, check_id, is_hub_id, read_model
 from hub.pages.gallery import write_whole
+from training.tables.commands import DONE, command, parse
 
 
 TEMPLATE = Path(__file__).parent / "cards" / "card.md.jinja"
@@ -235,25 +235,24 @@ def _one_line(value: Any) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def main() -> None:
-    """Entry point; a mistake in the options or files ends with its message alone."""
-    arguments = HfArgumentParser(CardArguments).parse_args_into_dataclasses()[0]
-    try:
-        path = write_card(
-            arguments.model,
-            arguments.metrics,
-            arguments.repo,
-            license=arguments.license,
-            languages=arguments.languages,
-            datasets=arguments.datasets,
-            base_models=arguments.base_models,
-            plots=arguments.plots or (),
-            replace=arguments.replace,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"hub/card.py: {error}")
+@command("hub/card.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    (arguments,) = parse(CardArguments, options=options)
+    path = write_card(
+        arguments.model,
+        arguments.metrics,
+        arguments.repo,
+        license=arguments.license,
+        languages=arguments.languages,
+        datasets=arguments.datasets,
+        base_models=arguments.base_models,
+        plots=arguments.plots or (),
+        replace=arguments.replace,
+    )
     print(f"{path}: {len(path.read_text(encoding='utf-8').splitlines())} lines")
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

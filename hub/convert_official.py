@@ -14,16 +14,18 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from hub.backbones.qwen import qwen2_config, qwen2_weights
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
+from training.tables.commands import DONE, FileError, OptionError, about, command, parse
 
 
 @dataclass
@@ -195,22 +197,24 @@ def write(model: NoteLLM2Model, args: ConvertArguments) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def main() -> None:
-    """Entry point; a mistake in the options or files ends with its message alone."""
-    args = HfArgumentParser(ConvertArguments).parse_args_into_dataclasses()[0]
+@command("hub/convert_official.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    (args,) = parse(ConvertArguments, options=options)
     if args.output.exists():
-        sys.exit(f"{args.output} exists already; choose another --output or remove it.")
+        raise FileError(f"{args.output} exists already; choose another --output or remove it.")
     if (args.tokenizer is None) != (args.image_processor is None):
-        sys.exit("--tokenizer and --image_processor go together: both are needed to write a processor.")
-    try:
+        raise OptionError("--tokenizer and --image_processor go together: both are needed to write a processor.")
+    with about(args.config, "It is no JSON of the research code's settings."):
         research = json.loads(args.config.read_text(encoding="utf-8"))
-        model = convert(read_weights(args.weights), research)
-        write(model, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"hub/convert_official.py: {error}")
+    with about(args.weights, "Pass the safetensors file of the research code's weights."):
+        weights = read_weights(args.weights)
+    model = convert(weights, research)
+    write(model, args)
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"{args.output}: NoteLLM-2 {model.config.prompt_mode}, {total:,} parameters")
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,7 +14,7 @@ Exit code: 0 all rows encoded; 3 finished, with rows in rejects.parquet; 1 faile
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig
 
 from hub.catalogue.encoder import EncodedBlock, ItemEncoder, PreparedBlock
 from hub.catalogue.item_tables import ItemTable, open_items
@@ -38,12 +38,11 @@ from hub.catalogue.shards import (
     open_job,
     read_rejects,
 )
+from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
 
 
 MODEL_FILES = (".safetensors", ".bin", ".json", ".py", ".txt", ".model", ".jinja")
 """Endings of the files that decide what a model gives; a README beside them does not."""
-
-FINISHED, FAILED, FINISHED_WITH_REJECTS = 0, 1, 3
 
 
 @dataclass
@@ -247,16 +246,13 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Entry point; a mistake in the options or the data ends with its message alone."""
-    arguments = HfArgumentParser(EncodeArguments).parse_args_into_dataclasses()[0]
-    try:
-        manifest = encode(arguments)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"hub/encode.py: {error}", file=sys.stderr)
-        return FAILED
+@command("hub/encode.py", go_on="Start it again with the same options: it goes on with the first missing shard.")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    (arguments,) = parse(EncodeArguments, options=options)
+    manifest = encode(arguments)
     print(summary(manifest, Path(arguments.output)))
-    return FINISHED_WITH_REJECTS if manifest["counts"]["rejects"] else FINISHED
+    return DONE_WITH_REJECTS if manifest["counts"]["rejects"] else DONE
 
 
 if __name__ == "__main__":

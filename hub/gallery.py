@@ -12,7 +12,7 @@ import json
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig
 
 from hub.catalogue.encoder import ItemEncoder, Reject
 from hub.catalogue.item_tables import ItemTable, TableRow, open_items
 from hub.pages.gallery import View, nearest, write_gallery, write_whole
 from modeling_notellm2.rows_notellm2 import BadRow, item_from_row, read_csv_rows, read_json_rows, row_id
+from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
 
 
 ROWS_PER_BLOCK = 256
@@ -208,17 +209,17 @@ def gallery(arguments: GalleryArguments) -> Catalogue:
     return catalogue
 
 
-def main() -> None:
-    """Entry point; a mistake in the options ends with its message alone."""
-    arguments = HfArgumentParser(GalleryArguments).parse_args_into_dataclasses()[0]
-    try:
-        catalogue = gallery(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"hub/gallery.py: {error}")
+@command("hub/gallery.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    (arguments,) = parse(GalleryArguments, options=options)
+    catalogue = gallery(arguments)
     size = Path(arguments.output).stat().st_size / 1e6
     print(f"{arguments.output}: {size:.1f} MB, open it in a browser. {len(catalogue.item_ids):,} items compared.")
     if catalogue.rejects:
         print(f"{len(catalogue.rejects):,} rows left out: {Path(arguments.output).with_suffix('.rejects.jsonl')}")
+        return DONE_WITH_REJECTS
+    return DONE
 
 
 def _positions(table: ItemTable, block: list[TableRow]) -> Iterable[tuple[int, TableRow]]:
@@ -279,4 +280,4 @@ def _read_columns(source: str, columns: list[str]) -> Iterable[Mapping[str, Any]
 __all__ = ["Catalogue", "GalleryArguments", "View", "embed_catalogue", "gallery", "nearest", "write_gallery"]
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,10 +21,8 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import HfArgumentParser
 
 from hub.catalogue.catalogue import EMBEDDING, VISUAL_EMBEDDING, Catalogue, new_folder, rows_of_ids
 from hub.catalogue.encoder import ItemEncoder
@@ -32,6 +30,7 @@ from hub.catalogue.exports import FORMATS, export
 from hub.catalogue.item_tables import TableRow, open_items
 from hub.catalogue.shards import write_json
 from hub.encode import describe_model, find_model
+from training.tables.commands import DONE, OptionError, command, parse, plain_console
 
 
 INDEX_FILE, IDS_FILE, RECORD = "index.faiss", "ids.arrow", "index.json"
@@ -326,7 +325,7 @@ def encode_item(path: Path, index: Index, model: str | None) -> np.ndarray:
 def search(arguments: SearchArguments) -> Table:
     """The neighbours of an item as a table to print."""
     if (arguments.id is None) == (arguments.item is None):
-        raise ValueError("Pass either --id or --item.")
+        raise OptionError("Pass either --id or --item.")
     index = Index.load(arguments.index)
     if arguments.id is not None:
         queries: np.ndarray | list[str] = [arguments.id]
@@ -346,27 +345,23 @@ def printable(text: str) -> Text:
     return Text("".join(character if character.isprintable() else " " for character in text))
 
 
-def main() -> None:
-    """Entry point; a mistake in the options or the data ends with its message alone."""
-    verb = sys.argv[1] if sys.argv[1:] and sys.argv[1] in ("search", "export") else "build"
+@command("hub/index.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    given = sys.argv[1:] if options is None else list(options)
     arguments_of = {"build": BuildArguments, "search": SearchArguments, "export": ExportArguments}
-    options = sys.argv[1:] if verb == "build" else sys.argv[2:]
-    parser = HfArgumentParser(arguments_of[verb], prog=f"hub/index.py {verb}")
-    arguments = parser.parse_args_into_dataclasses(options, look_for_args_file=False)[0]
-    try:
-        if verb == "search":
-            Console().print(search(arguments))
-        elif verb == "export":
-            count = export(arguments.embeddings, arguments.format, arguments.output, arguments.items, arguments.split)
-            print(f"{arguments.output}: {count:,} items for {arguments.format}")
-        else:
-            settings = build(arguments)
-            print(
-                f"{arguments.output}: {settings['items']:,} items, {settings['kind']}, {settings['width']} dimensions"
-            )
-    except (ValueError, OSError) as error:
-        sys.exit(f"hub/index.py: {error}")
+    verb = given.pop(0) if given and given[0] in ("search", "export") else "build"
+    (arguments,) = parse(arguments_of[verb], options=given, prog=f"hub/index.py {verb}")
+    if verb == "search":
+        plain_console().print(search(arguments))
+    elif verb == "export":
+        count = export(arguments.embeddings, arguments.format, arguments.output, arguments.items, arguments.split)
+        print(f"{arguments.output}: {count:,} items for {arguments.format}")
+    else:
+        settings = build(arguments)
+        print(f"{arguments.output}: {settings['items']:,} items, {settings['kind']}, {settings['width']} dimensions")
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

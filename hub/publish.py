@@ -11,19 +11,19 @@ Before anything is sent, a model is loaded in a process of its own and every fil
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from hub.publishing.checks import RefusedError
 from hub.publishing.dataset import DataDetails, prepare_dataset
 from hub.publishing.model import ModelDetails, prepare_model
 from hub.publishing.sending import Destination, Publication, listing, push
 from hub.publishing.space import SpaceDetails, prepare_space
+from training.tables.commands import DONE, FAILED, command, parse, plain_console
 
 
 @dataclass
@@ -118,18 +118,16 @@ def show_refusal(error: RefusedError, console: Console) -> None:
     console.print(table)
 
 
-def main() -> int:
-    """Entry point; a mistake in the options or files ends with its message alone."""
+@command("hub/publish.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point; what stands against publishing is a table on stderr."""
+    (arguments,) = parse(PublishArguments, options=options)
     try:
-        arguments = HfArgumentParser(PublishArguments).parse_args_into_dataclasses()[0]
-        publish(arguments, Console())
+        publish(arguments, plain_console())
     except RefusedError as error:
-        show_refusal(error, Console(stderr=True))
-        return 1
-    except (HFValidationError, ValueError, OSError) as error:
-        print(f"hub/publish.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+        show_refusal(error, plain_console(stderr=True))
+        return FAILED
+    return DONE
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ Slices are of the published protocol's queries, "group" being e.g. "query text l
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoProcessor, HfArgumentParser
+from transformers import AutoModel, AutoProcessor
 
 from training.evaluation.embed import NEIGHBOURS, Pairs, View, views
 from training.evaluation.metrics import (
@@ -74,6 +75,7 @@ from training.evaluation.slices import (
 )
 from training.reporting.evaluation_plots import draw_plots
 from training.reporting.evaluation_tables import as_markdown, show
+from training.tables.commands import DONE, command, parse
 from training.tables.items import ItemTable, TableError, load_items, load_pairs
 from training.tables.reading import write_rejects
 from training.trainer.adapters import base_of
@@ -357,14 +359,13 @@ def _write(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def main() -> None:
-    """Entry point; a mistake in tables or options ends with its message alone."""
-    try:
-        arguments, options = HfArgumentParser((EvaluateArguments, MeasureOptions)).parse_args_into_dataclasses()
-        run(arguments, options)
-    except (TableError, ValueError) as error:
-        raise SystemExit(f"training/evaluate.py: {error}") from error
+@command("training/evaluate.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    arguments, measured = parse(EvaluateArguments, MeasureOptions, options=options)
+    run(arguments, measured)
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ the pair table alone: held-out ones never become negatives.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor, HfArgumentParser
+from transformers import AutoModel, AutoProcessor
 
 from training.evaluation.embed import embed
-from training.tables.items import ItemTable, MatchedPairs, TableError, load_items, match_pairs
+from training.tables.commands import DONE, command, parse
+from training.tables.items import ItemTable, MatchedPairs, load_items, match_pairs
 from training.trainer.batches import ItemCollator
 from training.trainer.false_negatives import KnownPositives, image_hashes, text_hashes
 
@@ -174,13 +175,13 @@ def run(arguments: HardNegativesArguments) -> None:
     print(f"Pairs left out: {len(matched.rejects):,} (training lists them in its rejects file)")
 
 
-def main() -> None:
-    """Entry point; a mistake in tables or options ends with its message alone."""
-    try:
-        run(HfArgumentParser(HardNegativesArguments).parse_args_into_dataclasses()[0])
-    except (TableError, ValueError) as error:
-        sys.exit(f"training/hard_negatives.py: {error}")
+@command("training/hard_negatives.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    (arguments,) = parse(HardNegativesArguments, options=options)
+    run(arguments)
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,10 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis import Table
 from ibis.backends import BaseBackend
-from rich.console import Console
 from rich.table import Table as RichTable
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from training.mining.cooccurrence import (
     LAST_TIME,
@@ -42,6 +40,7 @@ from training.mining.cooccurrence import (
     users_per_item,
 )
 from training.mining.engines import kept, opened, read_log
+from training.tables.commands import DONE, command, parse, plain_console
 
 
 PAIR_SCHEMA = pa.schema(
@@ -211,7 +210,7 @@ def parse_time(text: str, unit: str) -> int:
 
 def show(mined: Mined, arguments: MiningArguments) -> None:
     """The counts of every step, a column for each side, and where everything is."""
-    console = Console()
+    console = plain_console()
     table = RichTable(title=f"Pairs of {arguments.interactions}")
     table.add_column("")
     for name in mined.sides:
@@ -242,15 +241,13 @@ def _count(table: Table) -> int:
     return int(table.count().execute())
 
 
-def main() -> None:
-    """Entry point; a mistake in the options or the log ends with its message alone."""
-    try:
-        arguments = HfArgumentParser(MiningArguments).parse_args_into_dataclasses()[0]
-        mined = mine(arguments)
-    except MiningError as error:
-        sys.exit(f"training/mine.py: {error}")
-    show(mined, arguments)
+@command("training/mine.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    (arguments,) = parse(MiningArguments, options=options)
+    show(mine(arguments), arguments)
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,21 +9,22 @@ import base64
 import io
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-from transformers import HfArgumentParser
 
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.prompts_notellm2 import ItemError
 from training.reporting.evaluation_tables import label_rows, metric_rows, short_slice_rows
 from training.reporting.run_plots import draw_report_plots
 from training.reporting.summary import result_rows
-from training.tables.items import ItemTable, TableError, load_items
+from training.tables.commands import DONE, FileError, command, parse
+from training.tables.items import ItemTable, load_items
 
 
 PAGE = "report.html"
@@ -206,17 +207,17 @@ def items_of(run: Path, source: str | None) -> ItemTable | None:
     return items.select(items.where("split", split)) if split else items
 
 
-def main() -> None:
-    """Entry point; a folder without a run ends with its message alone."""
-    arguments = HfArgumentParser(ReportArguments).parse_args_into_dataclasses()[0]
+@command("training/report.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    (arguments,) = parse(ReportArguments, options=options)
     run = Path(arguments.run)
     try:
         print(f"Report: {write_report(run, items_of(run, arguments.items))}")
     except FileNotFoundError as error:
-        raise SystemExit(f"training/report.py: {run} is no folder of a finished run: {error}") from error
-    except (TableError, json.JSONDecodeError) as error:
-        raise SystemExit(f"training/report.py: {error}") from error
+        raise FileError(f"{run} is no folder of a finished run: {error}") from error
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,8 @@ from training.evaluation.evidence import evaluate_whole, explain
 from training.evaluation.overlap import trained_share
 from training.report import write_report
 from training.reporting.summary import show
-from training.tables.items import ItemTable, PairTable, TableError, load_items, load_pairs
+from training.tables.commands import DONE, command
+from training.tables.items import ItemTable, PairTable, load_items, load_pairs
 from training.tables.reading import Rejects, write_rejects
 from training.tables.validate import validate
 from training.trainer.adapters import base_of, load_trainable
@@ -250,18 +252,17 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     os.replace(beside, path)
 
 
-def main() -> None:
-    """Entry point; an unusable table or option ends with its message alone."""
-    try:
-        options, tables, arguments = parse(sys.argv[1:])
-        if tables.validate_only:
-            output, workers = Path(arguments.output_dir), arguments.dataloader_num_workers
-            validate(tables.items, tables.train_pairs, tables.eval_pairs, output, tables.eval_split, workers)
-        else:
-            run(options, tables, arguments)
-    except (TableError, ValueError, FloatingPointError) as error:
-        raise SystemExit(f"training/run.py: {error}") from error
+@command("training/run.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    model, tables, arguments = parse(sys.argv[1:] if options is None else options)
+    if tables.validate_only:
+        output, workers = Path(arguments.output_dir), arguments.dataloader_num_workers
+        validate(tables.items, tables.train_pairs, tables.eval_pairs, output, tables.eval_split, workers)
+    else:
+        run(model, tables, arguments)
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

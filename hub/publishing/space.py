@@ -23,7 +23,7 @@ from hub.publishing.sending import Publication
 
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("hub", "modeling_notellm2")
+PACKAGES = ("hub", "modeling_notellm2", "training")
 EXTRA = "encode"
 """Optional dependencies of pyproject.toml that the app needs; Gradio comes with the Space."""
 START = """# Starts the app with this Space's model, indexes and items.

@@ -21,7 +21,8 @@ from typing import Any
 
 import datasets
 import emoji
-from transformers import HfArgumentParser
+
+from training.tables.commands import DONE, command, parse
 
 
 COUNTRY_FLAGS = "country-flag"
@@ -210,15 +211,14 @@ def describe(tables: EmojiTables) -> str:
     )
 
 
-def main() -> None:
-    """Entry point; a mistake in the options ends with its message alone."""
-    try:
-        arguments = HfArgumentParser(EmojiArguments).parse_args_into_dataclasses()[0]
-        tables = build_tables(arguments)
-    except (ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"training.experiments.emoji: {error}")
+@command("training.experiments.emoji")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    (arguments,) = parse(EmojiArguments, options=options)
+    tables = build_tables(arguments)
     write_tables(tables, Path(arguments.output))
     print(f"{describe(tables)}\nTables and rejects.jsonl: {arguments.output}")
+    return DONE
 
 
 def _item_id(entry: Row) -> str:
@@ -243,4 +243,4 @@ def _package_folder(package: str) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

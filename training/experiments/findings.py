@@ -21,7 +21,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from training.experiments.findings_runs import BASELINES, FORMS, measure_run
-from training.tables.items import TableError
+from training.tables.commands import DONE, OptionParser, command
 
 
 @dataclass(frozen=True)
@@ -172,17 +172,16 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
     os.replace(beside, path)
 
 
-def main() -> None:
-    """Entry point; a mistake in the config ends with its message alone."""
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m training.experiments.findings CONFIG.yaml")
-    try:
-        config = read_config(Path(sys.argv[1]))
-        run_all(config, plan(config))
-    except (TableError, ValueError, ModuleNotFoundError) as error:
-        raise SystemExit(f"training.experiments.findings: {error}") from error
+@command("training.experiments.findings", go_on="Start it again with the same config: finished runs are kept.")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    parser = OptionParser(prog="python -m training.experiments.findings")
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="Which runs, on which tables.")
+    config = read_config(parser.parse_args(options).config)
+    run_all(config, plan(config))
     print(f"Results: {config.results}\nTables:  python -m training.experiments.findings_table {config.results}")
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

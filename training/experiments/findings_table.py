@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t
 
 from training.experiments.findings import read_results
+from training.tables.commands import DONE, FileError, OptionParser, about, command
 
 
 CONFIDENCE = 0.95
@@ -36,7 +37,6 @@ COMPARED = ("both/recall@100", "both/precision@10", "image/recall@100", "image/p
 SHOWN = ("recall@100", "precision@10")
 COLOURS = {"both": "tab:blue", "image": "tab:orange", "text": "tab:green"}
 DPI = 120
-USAGE = "usage: python -m training.experiments.findings_table RESULTS.jsonl [MORE.jsonl ...]"
 
 Line = dict[str, Any]
 
@@ -193,29 +193,24 @@ def _figure(one: Group) -> Figure:
     return figure
 
 
-def main() -> None:
-    """Entry point; a file that can't be read ends with a message alone."""
-    paths = [Path(argument) for argument in sys.argv[1:]]
-    if not paths or any(str(path).startswith("-") for path in paths):
-        raise SystemExit(USAGE)
+@command("training.experiments.findings_table")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    parser = OptionParser(prog="python -m training.experiments.findings_table")
+    parser.add_argument("results", metavar="RESULTS.jsonl", nargs="+", type=Path, help="What findings.py wrote.")
+    paths: list[Path] = parser.parse_args(options).results
     lines = []
     for path in paths:
-        try:
-            found = read_results(path)
-        except ValueError as error:
-            raise SystemExit(f"training.experiments.findings_table: {path}: {error}") from error
-        if not found:
-            raise SystemExit(
-                f"training.experiments.findings_table: {path} has no finished run yet; run training.experiments.findings."
-            )
-        lines += found
-    try:
-        groups = group(lines)
-    except ValueError as error:
-        raise SystemExit(f"training.experiments.findings_table: {error}") from error
+        with about(path, "Pass a file that training.experiments.findings wrote."):
+            results = read_results(path)
+        if not results:
+            raise FileError(f"{path} has no finished run yet; run training.experiments.findings.")
+        lines += results
+    groups = group(lines)
     print(render(groups))
     print("\n" + "\n".join(f"Plot: {place}" for place in draw_plots(groups, paths[0].parent / "plots")))
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

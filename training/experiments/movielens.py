@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ import datasets
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from training.experiments.log_baselines import log_embeddings, measure_embeddings
 from training.mine import Mined, mine, show
 from training.mining.cooccurrence import MiningArguments
+from training.tables.commands import DONE, command, parse, plain_console
 
 
 ITEM_FEATURES = datasets.Features(
@@ -134,16 +135,15 @@ def show_baselines(metrics: dict[str, dict[str, float]], console: Console) -> No
     console.print(table)
 
 
-def main() -> None:
-    """Entry point; a mistake in the options ends with its message alone."""
-    try:
-        arguments = HfArgumentParser(MovieLensArguments).parse_args_into_dataclasses()[0]
-        mined, mining, metrics = prepare(arguments)
-    except (ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"training.experiments.movielens: {error}")
+@command("training.experiments.movielens")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    (arguments,) = parse(MovieLensArguments, options=options)
+    mined, mining, metrics = prepare(arguments)
     show(mined, mining)
-    show_baselines(metrics, Console())
+    show_baselines(metrics, plain_console())
     print(f"Tables and baselines.json: {arguments.output}")
+    return DONE
 
 
 def _read_fields(name: str) -> list[list[str]]:
@@ -165,4 +165,4 @@ def _write(rows: list[Row], features: datasets.Features, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import resvg_py
-from transformers import HfArgumentParser
 
 from training.experiments.emoji import (
     EmojiTables,
@@ -29,6 +29,7 @@ from training.experiments.emoji import (
     split_and_pair,
     write_tables,
 )
+from training.tables.commands import DONE, command, parse
 
 
 PACKAGE = "openmoji@17.0.0"
@@ -141,16 +142,15 @@ def rasterise(svg: bytes) -> bytes:
     return bytes(resvg_py.svg_to_bytes(svg_string=svg.decode(), width=SIDE, height=SIDE, skip_system_fonts=True))
 
 
-def main() -> None:
-    """Entry point; a mistake in the options, or an unusable archive, ends with its message alone."""
-    try:
-        arguments = HfArgumentParser(OpenMojiArguments).parse_args_into_dataclasses()[0]
-        tables = build_tables(arguments)
-    except ValueError as error:
-        sys.exit(f"training.experiments.openmoji: {error}")
+@command("training.experiments.openmoji")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    (arguments,) = parse(OpenMojiArguments, options=options)
+    tables = build_tables(arguments)
     write_tables(tables, Path(arguments.output))
     print(f"{describe(tables)}\nTables and rejects.jsonl: {arguments.output}")
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from training.tables.commands import plain_console
+
 
 PROTOCOLS = {
     "published": "Published protocol: one target for each query, among all items that are no query",
@@ -42,7 +44,7 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def show(report: dict[str, Any], output: Path) -> None:
     """Metrics, slices of the first embedding and the comparison on the terminal, and where everything is."""
-    console = Console()
+    console = plain_console()
     for protocol in PROTOCOLS:
         _print(console, f"{protocol.replace('_', '-').capitalize()} protocol", *metric_rows(report, protocol))
     first = next(iter(report["metrics"]))
@@ -156,5 +158,5 @@ def _print(console: Console, title: str, titles: Sequence[str], rows: Iterable[S
     for name in titles:
         table.add_column(name, justify="left" if name in LEFT else "right")
     for row in rows:
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        table.add_row(*row)
     console.print(table)

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from training.tables.commands import plain_console
 
 
 SHOWN = ("recall@1", "recall@10", "recall@100", "precision@10")
@@ -37,7 +38,7 @@ def result_rows(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, l
 
 def show(report: dict[str, Any], output: Path) -> None:
     """The closing table of `metrics.json`'s content, and the places of model, metrics and logs."""
-    console = Console()
+    console = plain_console()
     shown, stages = result_rows(report)
     if stages:
         table = Table(title=f"{report['random']['queries']} queries among {report['random']['candidates']} candidates")

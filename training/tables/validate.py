@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from training.tables.commands import plain_console
 from training.tables.items import ItemTable, MatchedPairs, load_items, match_pairs
 from training.tables.reading import RejectedRows, Rejects, write_rejects
 
@@ -63,7 +64,7 @@ def validate(
 
     write_rejects(chain.from_iterable(found), output / "rejects.jsonl")
     counted: Counter[tuple[str, str]] = sum((rejects.counts() for rejects in found), Counter())
-    show(figures, counted, output / "rejects.jsonl", console or Console())
+    show(figures, counted, output / "rejects.jsonl", console or plain_console())
     return figures | {f"{source}: {reason}": count for (source, reason), count in counted.items()}
 
 
@@ -98,7 +99,7 @@ def show(figures: Mapping[str, int], counted: Mapping[tuple[str, str], int], pat
         faults.add_row(source, reason, f"{count:,}")
     console.print(faults)
     if figures["test_items_in_training"]:
-        console.print(f"[bold]{figures['test_items_in_training']:,} test items are seen in training.[/bold]")
+        console.print(f"{figures['test_items_in_training']:,} test items are seen in training.", style="bold")
     console.print(f"Rows and reasons: {path}")
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
+
+from training.tables.commands import OptionParser
 
 
 @dataclass
@@ -148,16 +150,18 @@ def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, Note
         SystemExit: with a message, when the file can't be read or is no mapping, for an unknown option, or when a
             needed one is missing.
     """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, NoteLLM2TrainingArguments),
+    parser = OptionParser(
+        ModelArguments,
+        DataArguments,
+        NoteLLM2TrainingArguments,
         usage="training/run.py [CONFIG.yaml] [--key value ...]",
     )
     rest = list(arguments)
     from_file = _yaml_options(Path(rest.pop(0)), parser) if rest and not rest[0].startswith("-") else []
-    return parser.parse_args_into_dataclasses([*from_file, *rest], look_for_args_file=False)
+    return parser.read([*from_file, *rest])
 
 
-def _yaml_options(path: Path, parser: HfArgumentParser) -> list[str]:
+def _yaml_options(path: Path, parser: OptionParser) -> list[str]:
     """A YAML mapping as command line options, so that both are checked and converted by the same rules."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))

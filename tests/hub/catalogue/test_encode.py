@@ -169,7 +169,10 @@ def test_exit_codes_and_summary(messy, table, tiny_model_folder, tmp_path, monke
         options = [f"--{key}={value}" for key, value in SMALL.items()]
         paths = ["--model", str(tiny_model_folder), "--items", str(items), "--output", str(tmp_path / output)]
         monkeypatch.setattr(sys, "argv", ["encode.py", *paths, *options, *more])
-        return encode_module.main(), *capsys.readouterr()
+        try:
+            return encode_module.main(), *capsys.readouterr()
+        except SystemExit as end:  # its text is what Python prints on stderr
+            return 1, capsys.readouterr().out, str(end.code)
 
     code, out, _ = run(table, "all")
     assert (code, out) == (0, f"{tmp_path / 'all'}: 70 items, 24 dimensions as float32, shards: 5\n")

@@ -261,8 +261,9 @@ def test_commands(encoded, table, tmp_path, monkeypatch, capsys):
     (tmp_path / "item.json").write_text(json.dumps({"image": "pictures/none.png"}))
     with pytest.raises(SystemExit, match="none.png does not exist"):
         run(monkeypatch, capsys, "search", "--index", output, "--item", tmp_path / "item.json")
-    with pytest.raises(SystemExit, match="Pass either --id or --item"):
+    with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, capsys, "search", "--index", output)
+    assert "Pass either --id or --item" in capsys.readouterr().err
 
 
 def test_an_item_needs_the_model_of_the_index(built, tiny_model_folder, tmp_path, monkeypatch, capsys):

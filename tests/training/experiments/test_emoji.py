@@ -96,7 +96,7 @@ def test_command_writes_tables_that_training_reads(tmp_path):
     assert {path.name for path in (tmp_path / "data").iterdir()} == names
 
     wrong = subprocess.run([*command, "--test_share", "1.5"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
     assert "--test_share is 1.5" in wrong.stderr
 
 

@@ -119,5 +119,5 @@ def test_baseline_scores_equal_their_definitions():
 def test_command_refuses_a_wrong_share(tmp_path):
     command = [sys.executable, "-m", "training.experiments.movielens", "--output", str(tmp_path), "--test_share", "2"]
     wrong = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
     assert "--test_share is 2.0" in wrong.stderr

@@ -49,7 +49,7 @@ def test_negatives_are_those_of_a_look_at_each_candidate():
 
 
 @pytest.mark.slow
-def test_the_command_writes_pairs_that_training_reads(tmp_path, tiny_model_folder, monkeypatch):
+def test_the_command_writes_pairs_that_training_reads(tmp_path, tiny_model_folder, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     colours = ["red", "green", "blue", "white", "black", "orange", "pink", "gold"]
     rows = [
@@ -83,5 +83,6 @@ def test_the_command_writes_pairs_that_training_reads(tmp_path, tiny_model_folde
     assert found <= {f"i{n}" for n in range(21)}
     assert found
     monkeypatch.setattr(sys, "argv", [*map(str, command[1:]), "--output", "x", "--negatives", "0"])
-    with pytest.raises(SystemExit, match="at least 1"):
+    with pytest.raises(SystemExit, match="2"):
         main()
+    assert "at least 1" in capsys.readouterr().err

@@ -153,7 +153,7 @@ def convert(weights: dict[str, torch.Tensor], research_config: dict[str, Any]) -
     places = model.state_dict()
     state = {ours: tensor for name, tensor in weights.items() if (ours := convert_name(name)) is not None}
     if "logit_scale" in state:
-        state["logit_scale"] = state["logit_scale"].reshape(())
+        state["logit_scale"] = state["logit_scale"].reshape(1)
     missing, surplus = sorted(set(places) - set(state)), sorted(set(state) - set(places))
     shapes = [n for n in set(places) & set(state) if places[n].shape != state[n].shape]
     if missing or surplus or shapes:

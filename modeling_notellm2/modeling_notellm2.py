@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, Blip2QFormerModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
@@ -56,6 +58,11 @@ class NoteLLM2Output(ModelOutput):
             `output_hidden_states=True`.
         attentions (`tuple` of `torch.FloatTensor` `(n, heads, length, length)`, *optional*): of the LLM, with
             `output_attentions=True` (eager attention only).
+        logit_scale (`torch.FloatTensor` of shape `(1,)`): logarithm of the factor on the similarities, for a loss
+            outside of the model. Where weights are spread over processes, the parameter can be read in here only.
+        vision_hidden_states (`torch.FloatTensor` of shape `(images, tokens, vision width)`, *optional*) and
+        vision_pooler_output (`torch.FloatTensor` of shape `(images, vision width)`, *optional*):
+            of the vision encoder, as `forward` takes them back; with `output_vision_features=True`.
     """
 
     loss: torch.Tensor | None = None
@@ -66,6 +73,9 @@ class NoteLLM2Output(ModelOutput):
     has_image: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    logit_scale: torch.Tensor | None = None
+    vision_hidden_states: torch.Tensor | None = None
+    vision_pooler_output: torch.Tensor | None = None
 
 
 class NoteLLM2Projector(nn.Module):
@@ -176,7 +186,9 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             self.projector = NoteLLM2Projector(config)
         self.late_fusion = NoteLLM2LateFusion(config) if config.late_fusion else None
         self.reduction = nn.Linear(width, config.embedding_dim, bias=False) if config.embedding_dim else None
-        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
+        # One-dimensional: what spreads weights over processes (FSDP2) can't cut a scalar.
+        self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init)))
+        self.register_load_state_dict_pre_hook(_unsqueeze_scalars)
         # Alibi models (Bloom, MPT) take no positions: they derive distances from the mask.
         self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
         if config.freeze_vision:
@@ -301,7 +313,9 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         num_images: torch.Tensor | None = None,
         vision_hidden_states: torch.Tensor | None = None,
         vision_pooler_output: torch.Tensor | None = None,
+        cached_images: torch.Tensor | None = None,
         return_loss: bool = False,
+        output_vision_features: bool = False,
         **kwargs: Any,
     ) -> NoteLLM2Output:
         r"""
@@ -311,13 +325,17 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(n, length)`, *optional*): 1 for tokens, 0 for padding on either
                 side. All ones if left out.
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`, *optional*): the images of
-                the batch in order of the rows.
+                the batch in order of the rows. One image beside a `num_images` of zeros belongs to no item and changes
+                nothing; with it every part of the model takes part, for which other processes may wait (DDP, FSDP).
             num_images (`torch.LongTensor` of shape `(n,)`, *optional*): images of each item. Read off the placeholders
                 if left out (without early fusion: one each).
             vision_hidden_states (`torch.FloatTensor` of shape `(images, tokens, vision width)`, *optional*) and
             vision_pooler_output (`torch.FloatTensor` of shape `(images, vision width)`, *optional*):
                 what `get_vision_features` gave, in place of `pixel_values`.
+            cached_images (`torch.BoolTensor` of shape `(images,)`, *optional*): which images' features are given where
+                `pixel_values` are those of the others.
             return_loss (`bool`): read the batch as pairs, rows `i` and `i + n/2`, and add the losses.
+            output_vision_features (`bool`): add what the vision encoder gave.
             kwargs: for the LLM, e.g. `output_hidden_states`, `output_attentions`.
 
         Returns:
@@ -328,10 +346,13 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if vision_hidden_states is None and pixel_values is not None:
-            features = self.get_vision_features(pixel_values)
-            vision_hidden_states, vision_pooler_output = features.last_hidden_state, features.pooler_output
+        if pixel_values is not None and (vision_hidden_states is None or cached_images is not None):
+            computed = self.get_vision_features(pixel_values)
+            vision_hidden_states = _merge(computed.last_hidden_state, vision_hidden_states, cached_images)
+            vision_pooler_output = _merge(computed.pooler_output, vision_pooler_output, cached_images)
         total = 0 if vision_pooler_output is None else vision_pooler_output.shape[0]
+        if total == 1 and num_images is not None and not num_images.any():
+            total = 0  # the image of nobody
         counts = count_images(self.config, input_ids, num_images, total)
         has_image = torch.gt(counts, 0)
 
@@ -356,6 +377,9 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             has_image=has_image,
             hidden_states=outputs.hidden_states if "hidden_states" in outputs else None,
             attentions=outputs.attentions if "attentions" in outputs else None,
+            logit_scale=self.logit_scale.clone(),  # what wraps the model may free the parameter's memory after this
+            vision_hidden_states=vision_hidden_states if output_vision_features else None,
+            vision_pooler_output=vision_pooler_output if output_vision_features else None,
         )
         return self._add_losses(result) if return_loss else result
 
@@ -374,7 +398,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             return None
         num_images = num_images.to(pooled.device)
         owner = torch.arange(len(num_images), device=pooled.device).repeat_interleave(num_images)
-        total = pooled.new_zeros(len(num_images), pooled.shape[-1]).index_add(0, owner, pooled)
+        total = pooled.new_zeros(len(num_images), pooled.shape[-1]).index_add(0, owner, pooled[: len(owner)])
         return total / num_images.clamp(min=1).unsqueeze(-1).to(pooled.dtype)
 
     def _finish(self, hidden: torch.Tensor, summary: torch.Tensor | None, has_image: torch.Tensor) -> torch.Tensor:
@@ -400,6 +424,50 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             output.visual_loss = visual_loss
             output.loss = (multimodal * multimodal_loss + visual * visual_loss) / (visual + multimodal)
         return output
+
+
+def _merge(computed: torch.Tensor | None, cached: torch.Tensor | None, is_cached: torch.Tensor | None) -> torch.Tensor:
+    """Features of all images in order, from those that were computed now and those that were kept."""
+    assert computed is not None
+    if cached is None or is_cached is None:
+        return computed
+    merged = computed.new_empty(len(is_cached), *computed.shape[1:])
+    merged[is_cached] = cached.to(computed.dtype)
+    merged[~is_cached] = computed
+    return merged
+
+
+def _unsqueeze_scalars(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """For `load_state_dict`: the logit scale of older checkpoints is a scalar."""
+    name = f"{prefix}logit_scale"
+    if name in state_dict:
+        state_dict[name] = torch.atleast_1d(state_dict[name])
+
+
+class _UnsqueezeScale(ConversionOps):
+    """For `from_pretrained`: as `_unsqueeze_scalars`. What is saved stays as it is."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        **_: Any,
+    ) -> dict[str, Any]:
+        """The tensor under its target's name; that of the model itself with one dimension, a backbone's unchanged."""
+        (tensors,) = input_dict.values()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        return {target_patterns[0]: torch.atleast_1d(tensor) if full_layer_name == "logit_scale" else tensor}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _UnsqueezeScale()
+
+
+register_checkpoint_conversion_mapping(
+    NoteLLM2Model.__name__, [WeightConverter("logit_scale", "logit_scale", [_UnsqueezeScale()])], overwrite=True
+)
 
 
 __all__ = ["NoteLLM2Model", "NoteLLM2Output", "NoteLLM2PreTrainedModel"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AddedToken, AutoModel, AutoProcessor
 
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
@@ -99,6 +100,62 @@ def test_computed_vision_features_replace_pixels():
             vision_pooler_output=features.pooler_output,
         )
     torch.testing.assert_close(output.embeddings, embed(model, processor, ITEMS).embeddings, atol=0, rtol=0)
+
+
+def test_kept_and_computed_vision_features_mix():
+    model, processor = make_model()
+    inputs = processor(ITEMS, return_tensors="pt")
+    expected = model(**inputs, output_vision_features=True)
+    cached = torch.tensor([True, False, False, True, False, True])
+    assert len(cached) == len(expected.vision_hidden_states) == len(inputs["pixel_values"])
+    mixed = {
+        "pixel_values": inputs["pixel_values"][~cached],
+        "vision_hidden_states": expected.vision_hidden_states[cached],
+        "vision_pooler_output": expected.vision_pooler_output[cached],
+        "cached_images": cached,
+    }
+    torch.testing.assert_close(model(**{**inputs, **mixed}).embeddings, expected.embeddings, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("variant", [{}, {"freeze_vision": False}, {"micl": False, "early_fusion": False}])
+def test_an_image_of_nobody_changes_nothing_but_reaches_every_parameter(variant):
+    """Where processes wait for each other's gradients, one with texts alone must have all of them too: zeros."""
+    model, processor = make_model(**variant)
+    model.train()
+    torch.manual_seed(0)
+    inputs = processor(["a", "b", "c", "d"], return_tensors="pt")
+    expected = model.eval()(**inputs)
+    spare = {**inputs, "pixel_values": torch.rand(1, 3, 32, 32)}
+    output = model(**spare, return_loss=True)
+    torch.testing.assert_close(output.embeddings, expected.embeddings)
+    assert not output.has_image.any()
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    # CLIP's last norm belongs to its pooled output, which is not read.
+    missing = {name for name, gradient in gradients.items() if gradient is None and "post_layernorm" not in name}
+    assert not missing
+    assert gradients["language_model.norm.weight"].any()
+    assert not any(g.any() for name, g in gradients.items() if g is not None and "vision" in name or "late" in name)
+    with pytest.raises(ValueError, match="ask for 0 image.* but 2 came"):
+        model(**{**inputs, "pixel_values": torch.rand(2, 3, 32, 32)})
+
+
+def test_every_parameter_has_a_dimension_and_older_checkpoints_load(tmp_path):
+    """What spreads weights over processes can't cut scalars; the logit scale was one."""
+    model, _ = make_model(logit_scale_init=2.5)
+    assert all(parameter.dim() >= 1 for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights["logit_scale"].shape == (1,)
+    weights["logit_scale"] = torch.tensor(1.5)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, report = NoteLLM2Model.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.logit_scale.tolist() == [1.5]
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors")["logit_scale"].shape == (1,)
+    model.load_state_dict(weights)
+    assert model.logit_scale.tolist() == [1.5]
 
 
 def test_loss_over_pairs_with_missing_images():

@@ -251,7 +251,7 @@ def test_a_runs_plots_go_into_the_card(tiny_model_folder, tmp_path):
     shutil.copytree(tiny_model_folder, run / "model")
     (run / "plots").mkdir()
     Image.new("RGB", (8, 8)).save(run / "plots" / "curves.png")
-    shutil.copy(ROOT / "hub" / "gallery.png", run / "plots" / "other.png")
+    shutil.copy(ROOT / "hub" / "pages" / "gallery.png", run / "plots" / "other.png")
     figures = {"both/recall@10": 0.5}
     stages = {"random": {"random/recall@10": 0.1, "queries": 4, "candidates": 9}, "before": figures, "after": figures}
     (run / "metrics.json").write_text(json.dumps({**stages, "baselines": {}, "counts": {}, "settings": {}, "log": []}))

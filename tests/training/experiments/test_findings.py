@@ -24,7 +24,7 @@ PARTS = ["Base", "+ mICL", "+ late fusion", "late fusion only", "NoteLLM-2"]
 
 @pytest.fixture(scope="module")
 def shipped():
-    return read_config(ROOT / "training" / "configs" / "findings.yaml")
+    return read_config(ROOT / "training" / "experiments" / "findings.yaml")
 
 
 def test_the_shipped_config_asks_for_the_papers_comparisons(shipped):

@@ -77,7 +77,7 @@ def test_training_reads_the_tables(prepared):
         pairs, rejects = load_pairs(str(folder / f"{side}_pairs.parquet"), items)
         assert len(pairs.pairs) > 5000
         assert len(rejects) <= 20  # those of the film without any text
-    model, data, training = parse([str(ROOT / "training" / "configs" / "movielens.yaml")])
+    model, data, training = parse([str(ROOT / "training" / "experiments" / "movielens.yaml")])
     names = [Path(path).name for path in (data.items, data.train_pairs, data.eval_pairs)]
     assert names == ["items.parquet", "train_pairs.parquet", "test_pairs.parquet"]
     assert (model.model, training.output_dir) == ("runs/movielens/base", "runs/movielens")

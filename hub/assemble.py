@@ -6,11 +6,8 @@ LLM and ENCODER are ids or folders for transformers' Auto classes, or the names 
 defaults: smollm2-135m and efficientnet-lite0. DIR gets model, processor, their code, and assembly.json with the options.
 """
 
-import json
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from hub.backbones.packaged import keep_layers, load_efficientnet_lite0, load_smollm2
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 from training.tables.commands import DONE, command, parse
+from training.tables.files import atomic_write, check_replaceable, write_json
 
 
 PACKAGED_TEXT = "smollm2-135m"
@@ -130,34 +128,14 @@ def config_overrides(arguments: AssembleArguments) -> dict[str, Any]:
     }
 
 
-def check_output(output: Path) -> None:
-    """Only a folder that this command wrote may be replaced.
-
-    Raises:
-        ValueError: for any other folder or file.
-    """
-    if output.exists() and not (output / RECORD).is_file():
-        raise ValueError(f"{output} exists and is no result of this command; choose another --output.")
-
-
 def save(model: NoteLLM2Model, processor: NoteLLM2Processor, arguments: AssembleArguments) -> Path:
-    """Writes model, processor, code and options beside `--output`, then puts the folder in its place."""
+    """Write model, processor, code and options to `--output`, in place of an earlier result."""
     output = Path(arguments.output)
-    check_output(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        model.save_pretrained(beside)
-        processor.save_pretrained(beside)
-        (beside / RECORD).write_text(
-            json.dumps(asdict(arguments), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        beside.chmod(0o755)  # mkdtemp's folders are private
-        if output.exists():
-            shutil.rmtree(output)
-        beside.rename(output)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    check_replaceable(output, RECORD)
+    with atomic_write(output) as place:
+        model.save_pretrained(place)
+        processor.save_pretrained(place)
+        write_json(asdict(arguments), place / RECORD)
     return output
 
 
@@ -183,7 +161,7 @@ def describe(model: NoteLLM2Model) -> str:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(AssembleArguments, options=options)
-    check_output(Path(arguments.output))
+    check_replaceable(Path(arguments.output), RECORD)
     model, processor = assemble(arguments)
     output = save(model, processor, arguments)
     print(f"{describe(model)}\n{output}: model, processor and code; load it with AutoModel and AutoProcessor.")

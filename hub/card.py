@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hub.cards.findings import eval_results, findings, model_metrics, protocol, read_metrics, results_table
 from hub.cards.model import DescribedModel, check_id, is_hub_id, read_model
-from hub.pages.gallery import write_whole
 from training.tables.commands import DONE, command, parse
+from training.tables.files import write_text
 
 
 TEMPLATE = Path(__file__).parent / "cards" / "card.md.jinja"
@@ -155,7 +155,7 @@ def write_card(
         marker=MARKER,
     )
     check_card(str(card))
-    write_whole(path, f"{str(card).rstrip()}\n")
+    write_text(f"{str(card).rstrip()}\n", path)
     return path
 
 

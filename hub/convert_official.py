@@ -11,9 +11,7 @@ sizes and flags, as in `tests/reference/official/*/config.json`. Both of the res
 import json
 import pickle
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +24,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from hub.backbones.qwen import qwen2_config, qwen2_weights
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 from training.tables.commands import DONE, FileError, OptionError, about, command, parse
+from training.tables.files import atomic_write
 
 
 @dataclass
@@ -171,10 +170,8 @@ def write(model: NoteLLM2Model, args: ConvertArguments) -> None:
     Raises:
         ValueError: when the tokenizer is not the one that the checkpoint was trained with.
     """
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{args.output.name}-", dir=args.output.parent))
-    try:
-        model.save_pretrained(beside)
+    with atomic_write(args.output) as place:
+        model.save_pretrained(place)
         if args.tokenizer is not None:
             processor = NoteLLM2Processor.from_vision_text_pretrained(
                 AutoImageProcessor.from_pretrained(args.image_processor),
@@ -190,11 +187,7 @@ def write(model: NoteLLM2Model, args: ConvertArguments) -> None:
                     f"The tokenizer gives <IMG> and <IMG_EMB> the ids {theirs}, the checkpoint has {ours}: use the tokenizer "
                     "that the checkpoint was trained with."
                 )
-            processor.save_pretrained(beside)
-        beside.chmod(0o755)
-        beside.rename(args.output)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            processor.save_pretrained(place)
 
 
 @command("hub/convert_official.py")

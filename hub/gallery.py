@@ -25,9 +25,10 @@ from transformers import AutoConfig
 
 from hub.catalogue.encoder import ItemEncoder, Reject
 from hub.catalogue.item_tables import ItemTable, TableRow, open_items
-from hub.pages.gallery import View, nearest, write_gallery, write_whole
+from hub.pages.gallery import View, nearest, write_gallery
 from modeling_notellm2.rows_notellm2 import BadRow, item_from_row, read_csv_rows, read_json_rows, row_id
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
+from training.tables.files import write_text
 
 
 ROWS_PER_BLOCK = 256
@@ -205,7 +206,7 @@ def gallery(arguments: GalleryArguments) -> Catalogue:
         ],
     )
     lines = [json.dumps({**dataclasses.asdict(reject.place), "reason": reject.reason}) for reject in catalogue.rejects]
-    write_whole(output.with_suffix(".rejects.jsonl"), "".join(f"{line}\n" for line in lines))
+    write_text("".join(f"{line}\n" for line in lines), output.with_suffix(".rejects.jsonl"))
     return catalogue
 
 

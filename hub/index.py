@@ -28,9 +28,9 @@ from hub.catalogue.catalogue import EMBEDDING, VISUAL_EMBEDDING, Catalogue, new_
 from hub.catalogue.encoder import ItemEncoder
 from hub.catalogue.exports import FORMATS, export
 from hub.catalogue.item_tables import TableRow, open_items
-from hub.catalogue.shards import write_json
 from hub.encode import describe_model, find_model
 from training.tables.commands import DONE, OptionError, command, parse, plain_console
+from training.tables.files import write_json
 
 
 INDEX_FILE, IDS_FILE, RECORD = "index.faiss", "ids.arrow", "index.json"

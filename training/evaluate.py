@@ -33,8 +33,6 @@ Slices are of the published protocol's queries, "group" being e.g. "query text l
 `difference` is this model's value minus the other's; p_value is of a sign-flip permutation test over queries.
 """
 
-import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -76,6 +74,7 @@ from training.evaluation.slices import (
 from training.reporting.evaluation_plots import draw_plots
 from training.reporting.evaluation_tables import as_markdown, show
 from training.tables.commands import DONE, command, parse
+from training.tables.files import write_json, write_text
 from training.tables.items import ItemTable, TableError, load_items, load_pairs
 from training.tables.reading import write_rejects
 from training.trainer.adapters import base_of
@@ -341,8 +340,8 @@ def write_evaluation(report: dict[str, Any], output: Path) -> None:
         report: what `evaluate_model` gave, with "model", "compared_with", "settings" and "counts".
     """
     report["plots"] = draw_plots(report, output / "plots")
-    _write(output / "evaluation.md", as_markdown(report))
-    _write(output / "evaluation.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(as_markdown(report), output / "evaluation.md")
+    write_json(report, output / "evaluation.json")
 
 
 def _load(name: str, device: str | None) -> tuple[Any, Any]:
@@ -350,13 +349,6 @@ def _load(name: str, device: str | None) -> tuple[Any, Any]:
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModel.from_pretrained(name, trust_remote_code=True).to(place).eval()
     return model, AutoProcessor.from_pretrained(name, trust_remote_code=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """Written beside, then renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 @command("training/evaluate.py")

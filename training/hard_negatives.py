@@ -8,9 +8,9 @@ similarity, relative to the target's, keeps it out (as in NV-Retriever, arXiv 24
 the pair table alone: held-out ones never become negatives.
 """
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoProcessor
 
 from training.evaluation.embed import embed
 from training.tables.commands import DONE, command, parse
+from training.tables.files import atomic_write
 from training.tables.items import ItemTable, MatchedPairs, load_items, match_pairs
 from training.trainer.batches import ItemCollator
 from training.trainer.false_negatives import KnownPositives, image_hashes, text_hashes
@@ -132,14 +133,12 @@ def _build_index(vectors: np.ndarray) -> faiss.Index:
 def write_pairs(
     matched: MatchedPairs, items: ItemTable, mined: Iterator[np.ndarray], negatives: int, output: Path
 ) -> int:
-    """The usable pairs' rows, all columns, with their negatives as ids; beside, then renamed. Returns negatives found."""
+    """The usable pairs' rows, all columns, with their negatives as ids, whole or not at all. Returns negatives found."""
     names = [f"negative_{number + 1}" for number in range(negatives)]
     kept = [name for name in matched.table.rows.column_names if name not in names and not name.startswith("__")]
     source = matched.table.rows.select_columns(kept).with_format("arrow")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(output.name + ".tmp")
     writer, start, found = None, 0, 0
-    try:
+    with atomic_write(output) as place, ExitStack() as stack:
         for block in mined:
             table = source[matched.rows[start : start + len(block)]]
             start += len(block)
@@ -147,12 +146,8 @@ def write_pairs(
             for name, column in zip(names, block.T, strict=True):
                 positions = pa.array(column, mask=column < 0)
                 table = table.append_column(name, items.item_ids.column.take(positions).cast(pa.string()))
-            writer = writer or pq.ParquetWriter(beside, table.schema)
+            writer = writer or stack.enter_context(pq.ParquetWriter(place, table.schema))
             writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
-    os.replace(beside, output)
     return found
 
 

@@ -6,7 +6,6 @@ either side of --split_time if given, and beside the output `PAIRS.rejects.jsonl
 """
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -41,6 +40,7 @@ from training.mining.cooccurrence import (
 )
 from training.mining.engines import kept, opened, read_log
 from training.tables.commands import DONE, command, parse, plain_console
+from training.tables.files import atomic_write
 
 
 PAIR_SCHEMA = pa.schema(
@@ -112,7 +112,8 @@ def mine_side(backend: BaseBackend, log: Table, arguments: MiningArguments, outp
         labels = ["pairs", *(f"  {label}" for label in make_filters(arguments))]
         best = f"  among the {arguments.top_targets} best of the query" if arguments.top_targets else "  written"
         counts |= dict.fromkeys([*labels, best], 0)
-        writer = stack.enter_context(_parquet_beside(output))
+        place = stack.enter_context(atomic_write(output))
+        writer = stack.enter_context(pq.ParquetWriter(place, PAIR_SCHEMA))
         total = sum(part["candidates"] for part in parts)
         bar = stack.enter_context(tqdm(total=total, desc=f"Mining ({name})", unit="candidate", unit_scale=True))
         for part in parts:
@@ -172,14 +173,12 @@ def write_rejects(broken: Table | None, rejects: Table, path: Path) -> dict[str,
     ids = {name: rejects[name].cast("string") for name in LOG_COLUMNS}
     rejects = rejects.select(**ids, reason=rejects.reason).order_by("reason", *LOG_COLUMNS)
     counts: dict[str, int] = {}
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as stream:
+    with atomic_write(path) as place, place.open("w", encoding="utf-8") as stream:
         for table in (rejects,) if broken is None else (broken.order_by("line"), rejects):
             by_reason = table.group_by("reason").agg(rows=table.count()).order_by("reason").execute()
             counts |= {reason: int(count) for reason, count in by_reason.itertuples(index=False)}
             for row in table.limit(REJECTS_LISTED).to_pyarrow().to_pylist():
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(beside, path)
     return counts
 
 
@@ -222,19 +221,6 @@ def show(mined: Mined, arguments: MiningArguments) -> None:
         console.print(f"Rows left out: {count:,}, {reason}")
     written = [arguments.output, *([arguments.test_output] if arguments.test_output else [])]
     console.print(f"Pairs:   {' and '.join(written)}\nRejects: {rejects_of(Path(arguments.output))}")
-
-
-@contextmanager
-def _parquet_beside(path: Path) -> Iterator[pq.ParquetWriter]:
-    """A writer of pairs; the file gets its name when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with pq.ParquetWriter(beside, PAIR_SCHEMA) as writer:
-            yield writer
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _count(table: Table) -> int:

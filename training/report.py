@@ -8,7 +8,6 @@ table, for pictures. What a run doesn't have, the page says it doesn't have. The
 import base64
 import io
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from training.reporting.evaluation_tables import label_rows, metric_rows, short_
 from training.reporting.run_plots import draw_report_plots
 from training.reporting.summary import result_rows
 from training.tables.commands import DONE, FileError, command, parse
+from training.tables.files import write_text
 from training.tables.items import ItemTable, load_items
 
 
@@ -86,9 +86,7 @@ def write_report(run: Path, items: ItemTable | None) -> Path:
         examples=_examples(evaluation, pictures) if evaluation else None,
         settings={name: value for name, value in metrics.get("settings", {}).items() if value not in (None, "", [])},
     )
-    beside = run / f"{PAGE}.tmp"
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, run / PAGE)
+    write_text(page, run / PAGE)
     return run / PAGE
 
 

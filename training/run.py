@@ -7,10 +7,10 @@ Writes into `output_dir`: `model/` (weights or adapter, processor and code, for 
 
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import AutoProcessor, set_seed
 
 from training.evaluation.embed import evaluate, evaluate_in_training, measure, random_expectation
@@ -26,6 +27,7 @@ from training.evaluation.overlap import trained_share
 from training.report import write_report
 from training.reporting.summary import show
 from training.tables.commands import DONE, command
+from training.tables.files import atomic_write, write_json
 from training.tables.items import ItemTable, PairTable, load_items, load_pairs
 from training.tables.reading import Rejects, write_rejects
 from training.tables.validate import validate
@@ -79,21 +81,17 @@ def load_data(arguments: DataArguments, num_workers: int) -> RunData:
 
 
 def save_model(trainer: NoteLLM2Trainer, folder: Path, merge: bool) -> None:
-    """Model or adapter, processor and code; written beside, then put in place of an older one. All processes call it."""
-    beside = folder.with_name(folder.name + ".tmp")
-    if trainer.is_world_process_zero():
-        shutil.rmtree(beside, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    if merge:
-        if trainer.is_world_process_zero():
-            trainer.model.merge_and_unload().save_pretrained(beside)
-            trainer.processing_class.save_pretrained(beside)
-    else:
-        trainer.save_model(str(beside))  # gathers weights that are spread over processes, and saves the processor too
-    if trainer.is_world_process_zero():
-        (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
+    """Write model or adapter, processor and code, in place of an older one. All processes call it."""
+    with ExitStack() as stack:
+        first = trainer.is_world_process_zero()
+        place = broadcast_object_list([stack.enter_context(atomic_write(folder)) if first else None])[0]
+        if not merge:
+            trainer.save_model(str(place))  # gathers weights that are spread over processes; saves the processor too
+        elif first:
+            trainer.model.merge_and_unload().save_pretrained(place)
+            trainer.processing_class.save_pretrained(place)
+        if first:
+            (place / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths
 
 
 def measure_baselines(data: RunData, features: VisionCache | None, seed: int) -> dict[str, float]:
@@ -243,13 +241,6 @@ class _Clock:
         """The part that ends now."""
         now = time.monotonic()
         self.seconds[name], self.started = round(now - self.started, 1), now
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Written beside, then renamed."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 @command("training/run.py")

@@ -6,9 +6,6 @@ side and nothing has to be looked up.
 
 import contextlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from tqdm.auto import tqdm
 from hub.catalogue.item_tables import ItemTable
 from hub.catalogue.shards import MANIFEST, ShardError, file_sha256
 from modeling_notellm2.rows_notellm2 import row_id
+from training.tables.files import atomic_write, check_replaceable
 
 
 EMBEDDING, VISUAL_EMBEDDING = "embedding", "visual_embedding"
@@ -157,19 +155,7 @@ def new_folder(output: Path, record: str) -> Iterator[Path]:
     Raises:
         ValueError: when `output` is there and is something else.
     """
-    if output.exists() and not (output / record).is_file():
-        raise ValueError(f"{output} exists and is no result of this command; choose another --output.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        yield beside
-        beside.chmod(0o755)  # mkdtemp's folders are private
-        if output.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-            os.replace(output, old)
-            beside.rename(output)
-            shutil.rmtree(old)
-        else:
-            beside.rename(output)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    check_replaceable(output, record)
+    with atomic_write(output) as place:
+        place.mkdir()
+        yield place

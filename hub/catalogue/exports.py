@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from hub.catalogue.catalogue import Batch, Catalogue, new_folder
 from hub.catalogue.item_tables import open_items
-from hub.catalogue.shards import embeddings_array, write_json, write_parquet
+from hub.catalogue.shards import embeddings_array, write_parquet
+from training.tables.files import write_json
 
 
 RECORD = "_export.json"  # the underscore keeps readers of the folder from taking it for data

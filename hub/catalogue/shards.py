@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hub.catalogue.encoder import EncodedBlock, Place, Reject
+from training.tables.files import atomic_write, write_json
 
 
 MANIFEST = "manifest.json"
@@ -140,8 +140,6 @@ def open_job(folder: Path, job: Mapping[str, Any], plan: Plan) -> Iterator[set[i
                     f"{folder} holds another job; choose another --output, or start that one again. "
                     f"What differs: {'; '.join(differences)}."
                 )
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
         checksums = {name: shard["sha256"] for name, shard in (manifest or {}).get("shards", {}).items()}
         yield {shard for shard in range(plan.shards) if _is_good(folder / shard_name(shard), checksums)}
 
@@ -149,7 +147,7 @@ def open_job(folder: Path, job: Mapping[str, Any], plan: Plan) -> Iterator[set[i
 def close_job(folder: Path, job: Mapping[str, Any], plan: Plan, made_with: Mapping[str, Any]) -> dict[str, Any]:
     """Writes rejects.parquet and the complete manifest, which is returned. All shards must be there."""
     shards: dict[str, dict[str, Any]] = {}
-    with _written_beside(folder / REJECTS) as beside, pq.ParquetWriter(beside, REJECTS_SCHEMA) as writer:
+    with atomic_write(folder / REJECTS) as place, pq.ParquetWriter(place, REJECTS_SCHEMA) as writer:
         for shard in range(plan.shards):
             path = folder / shard_name(shard)
             with pq.ParquetFile(path) as file:
@@ -177,16 +175,10 @@ def close_job(folder: Path, job: Mapping[str, Any], plan: Plan, made_with: Mappi
     return manifest
 
 
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Written beside, then renamed."""
-    with _written_beside(path) as beside:
-        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Written beside, then renamed. The same table gives the same bytes."""
-    with _written_beside(path) as beside:
-        pq.write_table(table, beside, compression="zstd", use_dictionary=False)
+    """Write a table whole or not at all. The same table gives the same bytes."""
+    with atomic_write(path) as place:
+        pq.write_table(table, place, compression="zstd", use_dictionary=False)
 
 
 def read_rejects(folder: Path, most: int) -> list[Reject]:
@@ -230,21 +222,6 @@ def _shard_table(blocks: list[EncodedBlock], embedding_type: str) -> pa.Table:
     return pa.table(columns).replace_schema_metadata(
         {"width": str(embeddings.shape[1]), "rejects": json.dumps(rejects)}
     )
-
-
-@contextlib.contextmanager
-def _written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to; what stands there takes the place of `path`, on the disk and for good, or nothing does."""
-    beside = path.with_name(f".{path.name}.tmp")
-    yield beside
-    with beside.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(beside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _is_good(path: Path, checksums: Mapping[str, str]) -> bool:

@@ -5,7 +5,6 @@ The page is one HTML file without scripts or outside resources: pictures are in 
 
 import base64
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_notellm2.images_notellm2 import image_sources, load_image
+from training.tables.files import write_text
 
 
 TEMPLATE = "gallery.html.jinja"
@@ -85,7 +85,7 @@ def write_gallery(
     partners: Mapping[int, set[int]] | None = None,
     footer: Sequence[str] = (),
 ) -> None:
-    """Writes the page, beside its place first.
+    """Write the page, whole or not at all.
 
     Args:
         output: the HTML file; an earlier one is replaced.
@@ -142,7 +142,8 @@ def write_gallery(
             footer=list(footer),
         )
     )
-    write_whole(output, html)
+    # Half a surrogate pair, which a CSV or JSON table can hold, has no UTF-8.
+    write_text(html.encode("utf-8", "replace").decode(), output)
 
 
 def _environment() -> jinja2.Environment:
@@ -226,15 +227,3 @@ def _summary(
         "partners": f"{hits} of {len(with_partner)} queries" if with_partner else "no query has one",
         "same": f"{sum(labelled) / len(labelled):.0%} of {len(labelled)}" if labelled else "no query has one",
     }
-
-
-def write_whole(output: Path, text: str) -> None:
-    """Writes a file beside its place, then puts it there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.tmp")
-    try:
-        # Half a surrogate pair, which a CSV or JSON table can hold, has no UTF-8.
-        beside.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(beside, output)
-    finally:
-        beside.unlink(missing_ok=True)

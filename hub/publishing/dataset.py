@@ -6,9 +6,9 @@ left out, counted in the card and listed in a rejects file.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -34,6 +34,7 @@ from modeling_notellm2.rows_notellm2 import (
     read_json_rows,
     row_id,
 )
+from training.tables.files import atomic_write
 
 
 CARD = Path(__file__).with_name("dataset_card.md.jinja")
@@ -85,16 +86,15 @@ class RejectsFile:
     """Rows that are left out, one JSON line each; the file has its name when all of them are in it."""
 
     def __init__(self, path: Path):
-        self.path, self.beside = path, path.with_name(f"{path.name}.tmp")
+        self.path, self.stack = path, ExitStack()
 
     def __enter__(self) -> "RejectsFile":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.stream = self.beside.open("w", encoding="utf-8")
+        place = self.stack.enter_context(atomic_write(self.path))
+        self.stream = self.stack.enter_context(place.open("w", encoding="utf-8"))
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.stream.close()
-        os.replace(self.beside, self.path)
+        self.stack.close()  # also after an error, which the rows explain
 
     def add(self, table: str, row: int, ids: list[str], reason: str) -> None:
         """One row, numbered from 0."""

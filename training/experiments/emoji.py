@@ -9,7 +9,6 @@ are the emoji's own names. A quarter of the items is held out: no pair to train 
 
 import importlib.util
 import json
-import os
 import random
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ import datasets
 import emoji
 
 from training.tables.commands import DONE, command, parse
+from training.tables.files import atomic_write, write_text
 
 
 COUNTRY_FLAGS = "country-flag"
@@ -183,20 +183,16 @@ def make_pairs(items: Sequence[Row], generator: random.Random, per_item: int) ->
 
 
 def write_tables(tables: EmojiTables, folder: Path) -> None:
-    """Each file is written beside its name, then renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write items, pairs and rejects; each file is whole or not there."""
     for name, rows, features in (
         ("items", tables.items, ITEM_FEATURES),
         ("train_pairs", tables.train_pairs, PAIR_FEATURES),
         ("test_pairs", tables.test_pairs, PAIR_FEATURES),
     ):
-        beside = folder / f"{name}.parquet.tmp"
-        datasets.Dataset.from_list(rows, features=features).to_parquet(beside)
-        os.replace(beside, folder / f"{name}.parquet")
-    beside = folder / "rejects.jsonl.tmp"
+        with atomic_write(folder / f"{name}.parquet") as place:
+            datasets.Dataset.from_list(rows, features=features).to_parquet(place)
     lines = (json.dumps(reject, ensure_ascii=False) + "\n" for reject in tables.rejects)
-    beside.write_text("".join(lines), encoding="utf-8")
-    os.replace(beside, folder / "rejects.jsonl")
+    write_text("".join(lines), folder / "rejects.jsonl")
 
 
 def describe(tables: EmojiTables) -> str:

@@ -7,7 +7,6 @@ line of `results`; started again, finished runs are skipped. `python -m training
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 from training.experiments.findings_runs import BASELINES, FORMS, measure_run
 from training.tables.commands import DONE, OptionParser, command
+from training.tables.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,10 @@ def run_all(config: FindingsConfig, runs: Sequence[Run]) -> None:
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """The file with one line more, written beside and renamed."""
+    """Write the file anew with one line more."""
     before = path.read_bytes() if path.exists() else b""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
-    os.replace(beside, path)
+    with atomic_write(path) as place:
+        place.write_bytes(before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
 
 @command("training.experiments.findings", go_on="Start it again with the same config: finished runs are kept.")

@@ -5,7 +5,6 @@ how far it is from the experiment's first variant, seed by seed. Works while the
 are. The plots go to `plots/` beside the first file.
 """
 
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t
 
 from training.experiments.findings import read_results
+from training.reporting.figures import write_figure
 from training.tables.commands import DONE, FileError, OptionParser, about, command
 
 
@@ -36,7 +36,6 @@ COLUMNS = (
 COMPARED = ("both/recall@100", "both/precision@10", "image/recall@100", "image/precision@10", "text/precision@10")
 SHOWN = ("recall@100", "precision@10")
 COLOURS = {"both": "tab:blue", "image": "tab:orange", "text": "tab:green"}
-DPI = 120
 
 Line = dict[str, Any]
 
@@ -164,9 +163,7 @@ def draw_plots(groups: Sequence[Group], folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for one in groups:
         name = re.sub(r"\W+", "_", f"{one.experiment} {one.data}".lower()).strip("_")
-        beside = folder / f"{name}.png.tmp"
-        _figure(one).savefig(beside, format="png", dpi=DPI, bbox_inches="tight")
-        os.replace(beside, folder / f"{name}.png")
+        write_figure(_figure(one), folder / f"{name}.png")
         yield folder / f"{name}.png"
 
 

@@ -9,8 +9,6 @@ on the test pairs, which a model that reads the texts is measured against.
 """
 
 import importlib.util
-import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from training.experiments.log_baselines import log_embeddings, measure_embedding
 from training.mine import Mined, mine, show
 from training.mining.cooccurrence import MiningArguments
 from training.tables.commands import DONE, command, parse, plain_console
+from training.tables.files import atomic_write, write_json
 
 
 ITEM_FEATURES = datasets.Features(
@@ -117,9 +116,7 @@ def prepare(arguments: MovieLensArguments) -> tuple[Mined, MiningArguments, dict
     table = pq.read_table(folder / "test_pairs.parquet", columns=["query_id", "target_id"])
     pairs = list(zip(*table.to_pydict().values(), strict=True))
     metrics = measure_embeddings(log_embeddings(train, ids), ids, pairs)
-    beside = folder / "baselines.json.tmp"
-    beside.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, folder / "baselines.json")
+    write_json(metrics, folder / "baselines.json")
     return mined, mining, metrics
 
 
@@ -158,10 +155,8 @@ def _read_fields(name: str) -> list[list[str]]:
 
 
 def _write(rows: list[Row], features: datasets.Features, path: Path) -> None:
-    """Beside its name, then renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    datasets.Dataset.from_list(rows, features=features).to_parquet(beside)
-    os.replace(beside, path)
+    with atomic_write(path) as place:
+        datasets.Dataset.from_list(rows, features=features).to_parquet(place)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The content of evaluation.json (schema: `training.evaluate`) as pictures."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,17 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from training.reporting.evaluation_tables import middle_metric
+from training.reporting.figures import write_figure
 
 
 INTERVAL = dict[str, float]
-DPI = 120
 
 
 def draw_plots(report: dict[str, Any], folder: Path) -> dict[str, str]:
-    """PNG files of an evaluation, each written beside and renamed; their places from the folder above, by name."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """PNG files of an evaluation, each whole or not there; their places from the folder above, by name."""
     places = {}
     for name, figure in _figures(report):
-        beside = folder / f"{name}.png.tmp"
-        figure.savefig(beside, format="png", dpi=DPI, bbox_inches="tight")
-        os.replace(beside, folder / f"{name}.png")
+        write_figure(figure, folder / f"{name}.png")
         places[name] = f"{folder.name}/{name}.png"
     return places
 

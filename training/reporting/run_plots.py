@@ -1,14 +1,14 @@
 """The pictures of a training report: curves of the log, and saliency by layer."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from training.reporting.figures import write_figure
 
-DPI = 120
+
 CURVES = {
     "loss": ("loss", "multimodal_loss", "visual_loss"),
     "recall inside the batch": ("in_batch_recall",),
@@ -25,19 +25,16 @@ READ_OUTS = {"multimodal": "into the multimodal embedding", "visual": "into the 
 
 
 def draw_report_plots(metrics: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """PNG files of a run, each written beside and renamed, by name; a plot without data is left out.
+    """PNG files of a run, by name; a plot without data is left out.
 
     Args:
         metrics: content of metrics.json; "log", and "saliency" as name of a run to the fields of
             `training.evaluation.saliency.Saliency`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     places = {}
     for name, figure in _figures(metrics):
-        beside = folder / f"{name}.png.tmp"
-        figure.savefig(beside, format="png", dpi=DPI)
-        os.replace(beside, folder / f"{name}.png")
         places[name] = folder / f"{name}.png"
+        write_figure(figure, places[name])
     return places
 
 

@@ -6,7 +6,6 @@ later runs map again. A bad row never stops a job and never vanishes: it is in `
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from modeling_notellm2.rows_notellm2 import BadRow, dataset_id, read_csv_rows, read_json_rows, row_id
+from training.tables.files import atomic_write
 
 
 BLOCK = 10_000
@@ -131,12 +131,9 @@ class Rejects:
 
 def write_rejects(rejects: Iterable[Reject], path: Path) -> None:
     """One JSON line for each reject, streamed; an empty file says that there was none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as stream:
+    with atomic_write(path) as place, place.open("w", encoding="utf-8") as stream:
         for reject in rejects:
             stream.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
-    os.replace(beside, path)
 
 
 def load_table(source: str, split: str = "train") -> tuple[LoadedTable, Rejects]:
@@ -212,9 +209,10 @@ def _write_arrow(path: Path, read: Callable[[Path], Iterator[dict[str, Any] | Ba
         for number, row in enumerate(tqdm(read(path), desc=f"Reading {path.name}", unit="row"))
         if row is not None
     )
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    beside = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
-    with pa.OSFile(str(beside), "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
+    with (
+        atomic_write(copy) as place,
+        pa.OSFile(str(place), "wb") as stream,
+        pa.ipc.new_stream(stream, schema) as writer,
+    ):
         while block := list(islice(rows, BLOCK)):
             writer.write_batch(pa.RecordBatch.from_pylist(block, schema=schema))
-    os.replace(beside, copy)

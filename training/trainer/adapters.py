@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, BitsAndBytesConfig
 
 from modeling_notellm2 import NoteLLM2Model
+from training.tables.files import atomic_write
 from training.trainer.arguments import ModelArguments
 
 
@@ -125,6 +126,5 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None
     state = model.state_dict() if state is None else state
     weights = load_file(folder / ADAPTER_FILE)
     weights |= {name: state[name].detach().cpu().contiguous() for name in full}
-    beside = folder / f"{ADAPTER_FILE}.tmp"
-    save_file(weights, beside, metadata={"format": "pt"})
-    os.replace(beside, folder / ADAPTER_FILE)
+    with atomic_write(folder / ADAPTER_FILE) as place:
+        save_file(weights, place, metadata={"format": "pt"})

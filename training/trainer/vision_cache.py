@@ -6,7 +6,6 @@ one copy. A picture that has changed, or another encoder, has another key and ne
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +23,7 @@ from transformers.utils import logging
 
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.prompts_notellm2 import ItemError
+from training.tables.files import atomic_write
 from training.tables.images import KEY_BYTES, Item, content_key, map_items, read_encoded
 
 
@@ -179,15 +179,14 @@ class _Block:
             del self.keys[keep:], self.hidden[keep:], self.pooled[keep:]
 
     def write(self) -> None:
-        """Beside, then renamed; the name is the first key's, so that processes never write one file."""
+        """Write the part whole or not at all; its name is the first key's, so that processes never write one file."""
         if not self.keys:
             return
         path = self.folder / f"{self.keys[0].hex()}.safetensors"
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         keys = torch.frombuffer(bytearray(b"".join(self.keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
         tensors = {"keys": keys, "hidden_states": torch.stack(self.hidden), "pooler_output": torch.stack(self.pooled)}
-        save_file(tensors, beside)
-        os.replace(beside, path)
+        with atomic_write(path) as place:
+            save_file(tensors, place)
         self.written += path.stat().st_size
         self._clear()
 

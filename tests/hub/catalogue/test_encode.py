@@ -71,7 +71,7 @@ def test_manifest_says_what_was_done(items, encoded, tiny_model_folder):
     assert manifest["job"]["settings"]["visual"] is True
     assert "model.safetensors" in manifest["job"]["model"]["files"]
     assert pq.read_table(encoded / REJECTS).num_rows == 0
-    assert not list(encoded.glob("*.tmp")) + list(encoded.glob(".*.tmp"))
+    assert not list(encoded.glob(".*.partial"))
 
 
 @pytest.mark.parametrize(("embedding_type", "error"), [("float16", 5e-4), ("int8", 0.5 / 127 + 1e-5)])

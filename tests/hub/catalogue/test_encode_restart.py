@@ -84,7 +84,7 @@ def test_killed_at_random_moments_and_started_again(processes, tiny_model_folder
     assert run_child(processes, job) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "killed").glob("*.parquet")} == uninterrupted
     assert checksums(tmp_path / "killed") == checksums(tmp_path / "whole")
-    assert not list((tmp_path / "killed").glob(".*.tmp"))
+    assert not list((tmp_path / "killed").glob(".*.partial"))
     ids = read_shards(tmp_path / "killed").column("item_id").to_pylist()
     assert ids == [f"n{number}" for number in range(240) if number not in (100, 200)]
 
@@ -97,7 +97,7 @@ def test_killed_right_before_each_rename(processes, messy_encoded, messy, tiny_m
     progress = []
     for renames in (0, 1, 1, 1, 0, 1):  # manifest; a shard at each start; rejects.parquet; the complete manifest
         assert run_child(processes, job, renames) == -signal.SIGKILL
-        assert list((tmp_path / "shards").glob(".*.tmp"))
+        assert list((tmp_path / "shards").glob(".*.partial"))
         progress.append(check_what_a_kill_left(tmp_path / "shards", uninterrupted))
     assert progress == [0, 0, 1, 2, 2, 3]
     assert run_child(processes, job, renames=1) == -signal.SIGKILL

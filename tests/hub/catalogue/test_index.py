@@ -17,10 +17,11 @@ import torch
 
 from hub import index as index_module
 from hub.catalogue.exports import export
-from hub.catalogue.shards import ShardError, embeddings_array, file_sha256, write_json
+from hub.catalogue.shards import ShardError, embeddings_array, file_sha256
 from hub.encode import EncodeArguments, encode
 from hub.index import BuildArguments, Index, Neighbour, build, choose_parameters
 from tests.support.catalogue import SMALL, make_items, png, read_shards, vectors, write_items
+from training.tables.files import write_json
 
 
 CLUSTERED, WIDTH = 12_000, 16

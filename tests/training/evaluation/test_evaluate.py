@@ -111,7 +111,7 @@ def test_slices_and_comparison_are_whole(report):
 
 def test_files_are_whole_and_say_the_same(evaluated, report):
     output, printed = evaluated
-    assert not list(output.rglob("*.tmp"))
+    assert not list(output.rglob(".*.partial"))
     assert [json.loads(line)["ids"] for line in (output / "rejects.jsonl").open()] == [["broken"]]
     assert report["counts"]["rejected_rows"] == 1
     metric = report["metrics"]["both"]["published"]["metrics"]["recall@5"]

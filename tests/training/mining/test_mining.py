@@ -246,7 +246,9 @@ def test_a_log_that_gives_nothing_says_why_and_leaves_the_old_pairs(tmp_path):
         with pytest.raises(MiningError, match=message):
             mine(MiningArguments(str(log), str(output), **options))
         assert output.read_text() == "of an earlier run"
-        assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp") or path.name.startswith(".mine")]
+        assert not [
+            path for path in tmp_path.iterdir() if path.name.endswith(".partial") or path.name.startswith(".mine")
+        ]
 
     lacking = tmp_path / "lacking.csv"
     lacking.write_text("user_id,item,when\n1,2,3\n")

@@ -83,7 +83,7 @@ def test_a_text_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatc
     path.write_text('{"item_id": "a", "title": "second"}\n')
     items, rejects = load_items(str(path))
     assert (items[0]["title"], len(rejects)) == ("second", 0)
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".*.partial"))
 
 
 def test_column_checks_agree_with_a_look_at_each_row(tmp_path):

@@ -100,7 +100,7 @@ def test_what_is_stored_is_not_computed_again_and_the_limit_holds(model_and_proc
     cache = cache_vision_features(model, processor, items, tmp_path, batch_size=4)
     assert len(cache) == 40
     assert len(cache.files) > 3
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".*.partial"))
 
     calls = []
     monkeypatch.setattr(model, "get_vision_features", lambda pixels: calls.append(len(pixels)))

@@ -1,4 +1,4 @@
-"""Fetching the two halves that NoteLLM-2 joins: a vision encoder and a decoder-only LLM, from the Hub or from a folder."""
+"""Fetching the language half of NoteLLM-2, a decoder-only LLM with its tokenizer, from the Hub or from a folder."""
 
 import os
 import re
@@ -25,31 +25,6 @@ IMAGE_TOKEN = "<IMG>"
 VISUAL_EMBEDDING_TOKEN = "<IMG_EMB>"
 # Tokens that vocabularies keep free: Llama 3, Gemma, Mistral, Qwen.
 SPARE_TOKEN = re.compile(r"<\|reserved_special_token_\d+\|>|<unused\d+>|<SPECIAL_\d+>|<\|extra_\d+\|>")
-# How composite checkpoints (CLIP, SigLIP, ...) name their vision tower.
-VISION_TOWER_NAMES = ("vision_model", "vision_tower", "visual")
-
-
-def load_vision_encoder(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-    """The vision encoder of a checkpoint; of a composite one (CLIP) its vision tower alone.
-
-    Args:
-        source: id, folder, or an already loaded model.
-        kwargs: for `AutoModel.from_pretrained`.
-
-    Raises:
-        ValueError: if a composite checkpoint has no vision tower.
-    """
-    model = source if isinstance(source, PreTrainedModel) else AutoModel.from_pretrained(source, **kwargs)
-    if not hasattr(model.config, "vision_config"):
-        return model
-    for name in VISION_TOWER_NAMES:
-        tower = getattr(model, name, None)
-        if isinstance(tower, PreTrainedModel):
-            return tower
-    raise ValueError(
-        f"{type(model).__name__} has a vision_config but none of {', '.join(VISION_TOWER_NAMES)}. "
-        "Pass its vision encoder itself, loaded, as `vision`."
-    )
 
 
 def load_language_model(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -41,6 +41,9 @@ class NoteLLM2Config(PreTrainedConfig):
             Weights of the two contrastive losses; their sum divides the total.
         vision_feature_layer (`int`, defaults to -1):
             Which hidden state of the vision encoder gives the tokens. -1 is its last hidden state as it returns it.
+        vision_summary (`str`, defaults to `"auto"`):
+            The vision encoder's summary feature for late fusion: "cls", its class token's state; "pooler", its own pooled
+            output; "mean" of its patches' tokens; "auto", the first of these that it has.
         freeze_vision (`bool`, defaults to `True`):
             The vision encoder takes no gradient, stays in eval mode and runs without a graph.
         vision_hidden_size (`int`, *optional*):
@@ -84,6 +87,7 @@ class NoteLLM2Config(PreTrainedConfig):
     visual_loss_weight: float = 1.0
     multimodal_loss_weight: float = 9.0
     vision_feature_layer: int = -1
+    vision_summary: str = "auto"
     freeze_vision: bool = True
     vision_hidden_size: int | None = None
     image_token_id: int | None = None
@@ -114,6 +118,8 @@ class NoteLLM2Config(PreTrainedConfig):
             raise ValueError(
                 "early_fusion=False and late_fusion=False leave the image out altogether. Set one of them to True."
             )
+        if self.vision_summary not in ("auto", "cls", "pooler", "mean"):
+            raise ValueError(f"vision_summary is {self.vision_summary!r}; expected auto, cls, pooler or mean.")
         if self.num_query_tokens < 1:
             raise ValueError(f"num_query_tokens must be at least 1, got {self.num_query_tokens}.")
         if self.embedding_dim is not None and self.embedding_dim < 1:

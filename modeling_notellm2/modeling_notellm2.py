@@ -16,7 +16,6 @@ from transformers import AutoModel, Blip2QFormerModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
@@ -26,7 +25,6 @@ from .backbones_notellm2 import (
     fit_token_embeddings,
     item_tokens,
     load_language_model,
-    load_vision_encoder,
     tokenizer_of,
 )
 from .configuration_notellm2 import NoteLLM2Config
@@ -34,7 +32,8 @@ from .downloads_notellm2 import check_downloads
 from .inputs_notellm2 import count_images, last_position, positions_of, states_at
 from .loss_notellm2 import complete_pairs, contrastive_pair_loss
 from .saving_notellm2 import write_sentence_transformers_files
-from .vision_notellm2 import vision_features, vision_width
+from .towers_notellm2 import build_vision_encoder, load_vision_encoder
+from .vision_notellm2 import VisionFeatures, merge_features, vision_features, vision_width
 
 
 logger = logging.get_logger(__name__)
@@ -60,8 +59,9 @@ class NoteLLM2Output(ModelOutput):
             `output_attentions=True` (eager attention only).
         logit_scale (`torch.FloatTensor` of shape `(1,)`): logarithm of the factor on the similarities, for a loss
             outside of the model. Where weights are spread over processes, the parameter can be read in here only.
-        vision_hidden_states (`torch.FloatTensor` of shape `(images, tokens, vision width)`, *optional*) and
-        vision_pooler_output (`torch.FloatTensor` of shape `(images, vision width)`, *optional*):
+        vision_hidden_states (`torch.FloatTensor` of shape `(images, tokens, vision width)`, *optional*),
+        vision_pooler_output (`torch.FloatTensor` of shape `(images, vision width)`, *optional*) and
+        vision_attention_mask (`torch.LongTensor` of shape `(images, tokens)`, *optional*):
             of the vision encoder, as `forward` takes them back; with `output_vision_features=True`.
     """
 
@@ -76,6 +76,7 @@ class NoteLLM2Output(ModelOutput):
     logit_scale: torch.Tensor | None = None
     vision_hidden_states: torch.Tensor | None = None
     vision_pooler_output: torch.Tensor | None = None
+    vision_attention_mask: torch.Tensor | None = None
 
 
 class NoteLLM2Projector(nn.Module):
@@ -169,11 +170,11 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         language_model: PreTrainedModel | None = None,
     ):
         if config.vision_hidden_size is None:
-            config.vision_hidden_size = vision_width(config.vision_config, config.vision_feature_layer)
+            config.vision_hidden_size = vision_width(config.vision_config, config.vision_feature_layer, vision_model)
         config.qformer_config.encoder_hidden_size = config.vision_hidden_size
         super().__init__(config)
         width = config.text_config.hidden_size
-        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        self.vision_model = vision_model if vision_model is not None else build_vision_encoder(config.vision_config)
         self.language_model = (
             language_model if language_model is not None else AutoModel.from_config(config.text_config)
         )
@@ -281,27 +282,38 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             self.vision_model.requires_grad_(False).eval()
         return self
 
-    def get_vision_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+    def get_vision_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
+    ) -> VisionFeatures:
         """The vision encoder's tokens and summary feature; without a graph when it is frozen.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`).
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)` or `(images, patches, values)`).
+            image_sizes (`torch.LongTensor` of shape `(images, k)`, *optional*): as the processor gives them.
 
         Returns:
-            `last_hidden_state` `(images, tokens, vision width)` and `pooler_output` `(images, vision width)`, which
-            `forward` takes back as `vision_hidden_states` and `vision_pooler_output`.
+            `last_hidden_state` `(images, tokens, vision width)`, `pooler_output` `(images, vision width)` and, where
+            pictures differ in their number of tokens, `attention_mask` `(images, tokens)`, which `forward` takes back as
+            `vision_hidden_states`, `vision_pooler_output` and `vision_attention_mask`.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
             pixel_values = pixel_values.to(self.vision_model.dtype)
-            return vision_features(self.vision_model, pixel_values, self.config.vision_feature_layer)
+            layer, summary = self.config.vision_feature_layer, self.config.vision_summary
+            return vision_features(self.vision_model, pixel_values, layer, image_sizes, summary)
 
-    def get_visual_tokens(self, vision_hidden_states: torch.Tensor) -> torch.Tensor:
+    def get_visual_tokens(
+        self, vision_hidden_states: torch.Tensor, vision_attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Q-Former and projector: `(images, tokens, vision width)` to `(images, num_query_tokens, LLM width)`."""
         assert self.qformer is not None
         assert self.query_tokens is not None
         assert self.projector is not None
         queries = self.query_tokens.expand(vision_hidden_states.shape[0], -1, -1)
-        hidden = self.qformer(query_embeds=queries, encoder_hidden_states=vision_hidden_states).last_hidden_state
+        hidden = self.qformer(
+            query_embeds=queries,
+            encoder_hidden_states=vision_hidden_states,
+            encoder_attention_mask=vision_attention_mask,
+        ).last_hidden_state
         return self.projector(hidden.to(self.projector.linear_1.weight.dtype))
 
     @can_return_tuple
@@ -314,6 +326,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         vision_hidden_states: torch.Tensor | None = None,
         vision_pooler_output: torch.Tensor | None = None,
         cached_images: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        vision_attention_mask: torch.Tensor | None = None,
         return_loss: bool = False,
         output_vision_features: bool = False,
         **kwargs: Any,
@@ -334,6 +348,10 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
                 what `get_vision_features` gave, in place of `pixel_values`.
             cached_images (`torch.BoolTensor` of shape `(images,)`, *optional*): which images' features are given where
                 `pixel_values` are those of the others.
+            image_sizes (`torch.LongTensor` of shape `(images, k)`, *optional*): the pictures' true sizes in padded
+                `pixel_values`, as the processor gives them.
+            vision_attention_mask (`torch.LongTensor` of shape `(images, tokens)`, *optional*): 1 for tokens of
+                `vision_hidden_states`, 0 for padding.
             return_loss (`bool`): read the batch as pairs, rows `i` and `i + n/2`, and add the losses.
             output_vision_features (`bool`): add what the vision encoder gave.
             kwargs: for the LLM, e.g. `output_hidden_states`, `output_attentions`.
@@ -346,23 +364,24 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if pixel_values is not None and (vision_hidden_states is None or cached_images is not None):
-            computed = self.get_vision_features(pixel_values)
-            vision_hidden_states = _merge(computed.last_hidden_state, vision_hidden_states, cached_images)
-            vision_pooler_output = _merge(computed.pooler_output, vision_pooler_output, cached_images)
-        total = 0 if vision_pooler_output is None else vision_pooler_output.shape[0]
+        features = None
+        if vision_hidden_states is not None and vision_pooler_output is not None:
+            features = VisionFeatures(vision_hidden_states, vision_pooler_output, vision_attention_mask)
+        if pixel_values is not None and (features is None or cached_images is not None):
+            features = merge_features(self.get_vision_features(pixel_values, image_sizes), features, cached_images)
+        total = 0 if features is None else features.pooler_output.shape[0]
         if total == 1 and num_images is not None and not num_images.any():
             total = 0  # the image of nobody
         counts = count_images(self.config, input_ids, num_images, total)
         has_image = torch.gt(counts, 0)
 
-        inputs_embeds = self._embed(input_ids, vision_hidden_states)
+        inputs_embeds = self._embed(input_ids, features)
         if self._takes_positions:
             kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs
         )
-        summary = self._summary(vision_pooler_output, counts)
+        summary = self._summary(None if features is None else features.pooler_output, counts)
         hidden = outputs.last_hidden_state
         embeddings = self._finish(states_at(hidden, last_position(attention_mask)), summary, has_image)
         visual_embeddings = None
@@ -378,17 +397,19 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             hidden_states=outputs.hidden_states if "hidden_states" in outputs else None,
             attentions=outputs.attentions if "attentions" in outputs else None,
             logit_scale=self.logit_scale.clone(),  # what wraps the model may free the parameter's memory after this
-            vision_hidden_states=vision_hidden_states if output_vision_features else None,
-            vision_pooler_output=vision_pooler_output if output_vision_features else None,
+            vision_hidden_states=features.last_hidden_state if features and output_vision_features else None,
+            vision_pooler_output=features.pooler_output if features and output_vision_features else None,
+            vision_attention_mask=features.attention_mask if features and output_vision_features else None,
         )
         return self._add_losses(result) if return_loss else result
 
-    def _embed(self, input_ids: torch.Tensor, vision_hidden_states: torch.Tensor | None) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor, features: VisionFeatures | None) -> torch.Tensor:
         """Token embeddings with the visual tokens put where the placeholders stand."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
-        if vision_hidden_states is None or not self.config.early_fusion:
+        if features is None or not self.config.early_fusion:
             return inputs_embeds
-        visual_tokens = self.get_visual_tokens(vision_hidden_states).to(inputs_embeds.device, inputs_embeds.dtype)
+        visual_tokens = self.get_visual_tokens(features.last_hidden_state, features.attention_mask)
+        visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
         places = positions_of(input_ids, self.config.image_token_id).unsqueeze(-1).to(inputs_embeds.device)
         return inputs_embeds.masked_scatter(places, visual_tokens)
 
@@ -424,17 +445,6 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             output.visual_loss = visual_loss
             output.loss = (multimodal * multimodal_loss + visual * visual_loss) / (visual + multimodal)
         return output
-
-
-def _merge(computed: torch.Tensor | None, cached: torch.Tensor | None, is_cached: torch.Tensor | None) -> torch.Tensor:
-    """Features of all images in order, from those that were computed now and those that were kept."""
-    assert computed is not None
-    if cached is None or is_cached is None:
-        return computed
-    merged = computed.new_empty(len(is_cached), *computed.shape[1:])
-    merged[is_cached] = cached.to(computed.dtype)
-    merged[~is_cached] = computed
-    return merged
 
 
 def _unsqueeze_scalars(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, Proces
 
 from .backbones_notellm2 import item_tokens
 from .images_notellm2 import image_sources, is_nan, load_image
+from .pixels_notellm2 import join_pictures, keeps_sizes, one_picture_each, picture_pixels
 from .prompts_notellm2 import (
     ITEM_FIELDS,
     WORDINGS,
@@ -27,9 +28,13 @@ from .prompts_notellm2 import (
     join_pieces,
     split_slots,
 )
+from .towers_notellm2 import MISSING_PACKAGE
 
 
 Item = Mapping[str, Any] | str | Image.Image
+
+NATIVE_PIXELS = 512 * 512
+"""Pixels of the largest picture for encoders that take pictures of any size; some 1,300 patches of 14 x 14."""
 
 
 class NoteLLM2Processor(ProcessorMixin):
@@ -50,6 +55,8 @@ class NoteLLM2Processor(ProcessorMixin):
         max_topics (`int`): topics kept of each item.
         max_title_tokens, max_topics_tokens, max_content_tokens (`int`, *optional*): limits in tokens, after the others.
             The frame of the prompt is never cut.
+        max_pixels (`int`, *optional*): a larger picture is scaled down to this many pixels before the image processor
+            sees it, which bounds the tokens of encoders that take pictures of any size.
 
     Example:
 
@@ -76,6 +83,7 @@ class NoteLLM2Processor(ProcessorMixin):
         max_title_tokens: int | None = None,
         max_topics_tokens: int | None = None,
         max_content_tokens: int | None = None,
+        max_pixels: int | None = None,
         chat_template: str | None = None,
     ):
         if prompt_language not in WORDINGS:
@@ -92,6 +100,7 @@ class NoteLLM2Processor(ProcessorMixin):
         self.max_title_tokens = max_title_tokens
         self.max_topics_tokens = max_topics_tokens
         self.max_content_tokens = max_content_tokens
+        self.max_pixels = max_pixels
         self._item_tokens = item_tokens(tokenizer)
 
     @classmethod
@@ -103,16 +112,22 @@ class NoteLLM2Processor(ProcessorMixin):
         Args:
             image_processor, tokenizer: ready objects, or the ids or folders that the model's halves came from.
             model: its variant and number of query tokens are taken over, and it is prepared (see `prepare_model`).
-            settings: of this class.
+            settings: of this class. `max_pixels` starts at 512 * 512 where the image processor keeps pictures' sizes.
+
+        Raises:
+            ValueError: for an image processor that gives no `pixel_values` of one picture.
+            ImportError: naming the package that the image processor needs.
         """
         if isinstance(image_processor, (str, os.PathLike)):
-            with _no_backend_notice():
-                image_processor = AutoImageProcessor.from_pretrained(image_processor)
+            image_processor = _load_image_processor(image_processor)
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         if model is not None:
             names = ("num_query_tokens", "micl", "early_fusion")
             settings = {**{name: getattr(model.config, name) for name in names}, **settings}
+        one_picture_each(image_processor)
+        if keeps_sizes(image_processor):
+            settings = {"max_pixels": NATIVE_PIXELS, **settings}
         processor = cls(image_processor, tokenizer, **settings)
         if model is not None:
             processor.prepare_model(model)
@@ -151,7 +166,7 @@ class NoteLLM2Processor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "num_images", "pixel_values"]
+        return ["input_ids", "attention_mask", "num_images", "pixel_values", "image_sizes"]
 
     def build_prompt(self, item: Item) -> str:
         """The prompt of one item as text, each image as one <IMG>. For people: the model is fed from `__call__`."""
@@ -206,7 +221,7 @@ class NoteLLM2Processor(ProcessorMixin):
                 name: np.zeros((0, 0), np.int64) for name in ("input_ids", "attention_mask")
             }
         if process_images and any(data["num_images"]):
-            data["pixel_values"] = self._pixels(sources)
+            data |= self._pixels(sources)
         if not rows and return_tensors is not None:  # an empty list has no type, and torch takes it for floats
             shapes = {"num_images": (0,)}
             data = {name: np.zeros(shapes.get(name, (0, 0)), dtype=np.int64) for name in data}
@@ -335,19 +350,33 @@ class NoteLLM2Processor(ProcessorMixin):
             "attention_mask": [[1] * (longest - gap) + [0] * gap for gap in gaps],
         }
 
-    def _pixels(self, sources: list[tuple[list[Any], str]]) -> Any:
-        """Opens all pictures of the batch and runs the image processor once: `(images, channels, height, width)`."""
-        pictures: list[Image.Image] = []
+    def process_images(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """What the model takes of opened pictures (`images_notellm2.load_image`), each processed alone.
+
+        Returns:
+            `pixel_values` and, where the pictures' sizes or patches differ, `image_sizes`; see `__call__`.
+
+        Raises:
+            ItemError: for a picture that the image processor refuses.
+            ValueError: for an image processor that gives no pixels.
+        """
+        return join_pictures([picture_pixels(self.image_processor, image, self.max_pixels) for image in images])
+
+    def _pixels(self, sources: list[tuple[list[Any], str]]) -> dict[str, torch.Tensor]:
+        """The pictures of the batch, of which one is open at a time."""
+        parts: list[dict[str, torch.Tensor]] = []
         for of_row, where in sources:
             with _naming(where):
-                pictures.extend(load_image(source) for source in of_row)
-        pixels = self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4:
-            raise ValueError(
-                f"{type(self.image_processor).__name__} gave no (images, channels, height, width); an image processor that "
-                "brings every image to one size is expected."
-            )
-        return pixels
+                parts.extend(self.process_images([load_image(source)]) for source in of_row)
+        return join_pictures(parts)
+
+
+def _load_image_processor(source: str | os.PathLike) -> Any:
+    try:
+        with _no_backend_notice():
+            return AutoImageProcessor.from_pretrained(source)
+    except ImportError as error:
+        raise ImportError(MISSING_PACKAGE % (source, " ".join(str(error).split()))) from error
 
 
 def as_item(raw: Any) -> Mapping[str, Any]:

@@ -1,91 +1,406 @@
 """Reading any vision encoder alike: a row of tokens for the Q-Former and one summary feature for late fusion.
 
-Three shapes are understood: transformers with a class token (CLIP, ViT, DINOv2/v3), transformers without one that pool by
-themselves (SigLIP, Swin), and convolutional nets whose output is a feature map (EfficientNet, ConvNeXt, MobileNetV2).
+An encoder is called as its signature asks: with pictures `(n, c, h, w)`, with patches that a grid counts (Qwen-VL), with
+padded patches and their shapes (SigLIP 2 NaFlex) or positions (Gemma 4), or with tiles (Llama 3.2 Vision). What it returns
+may be tokens, with a class token before them or not, or a feature map with its channels first or last.
 """
 
 import copy
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .towers_notellm2 import build_vision_encoder
 
 
-# How transformers' vision models name the learned class token that they put before the patches.
+# How transformers' vision models name a learned class token; whether it stands before the patches shows in their number.
 CLASS_TOKEN_NAMES = frozenset({"cls_token", "class_token", "class_embedding", "cls_embedding"})
+# How they name the pictures that they take.
+PIXELS = ("pixel_values", "hidden_states", "image")
 EXPECTED = (
-    "A vision encoder must return `last_hidden_state` as tokens (batch, tokens, width) or as a feature map "
-    "(batch, width, height, width of the map), and either put a class token first or return `pooler_output` "
-    "(batch, width)."
+    "A vision encoder must take pictures and return `last_hidden_state` as tokens (batch, tokens, width) or as a feature "
+    "map (batch, width, height, width of the map). Use one that does, e.g. CLIP, SigLIP, DINOv2, ViT or ConvNeXt."
 )
+OTHER_PICTURES = "%s takes %s, but pixel_values came as %s. Use the image processor of the encoder's own checkpoint."
 
 
-def has_class_token(vision_model: nn.Module) -> bool:
-    """Whether the encoder puts a learned class token before its patches."""
-    return any(name.rsplit(".", 1)[-1] in CLASS_TOKEN_NAMES for name, _ in vision_model.named_parameters())
+@dataclass(frozen=True)
+class VisionFeatures:
+    """What a vision encoder makes of pictures.
+
+    Attributes:
+        last_hidden_state: `(images, tokens, width)`, class token first where there is one.
+        pooler_output: `(images, width)`, the summary feature.
+        attention_mask: `(images, tokens)` int64, 1 for tokens, 0 for padding behind them; None where all pictures have as
+            many.
+    """
+
+    last_hidden_state: torch.Tensor
+    pooler_output: torch.Tensor
+    attention_mask: torch.Tensor | None = None
 
 
 def vision_features(
-    vision_model: PreTrainedModel, pixel_values: torch.Tensor, feature_layer: int = -1
-) -> BaseModelOutputWithPooling:
+    vision_model: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    feature_layer: int = -1,
+    image_sizes: torch.Tensor | None = None,
+    summary: str = "auto",
+) -> VisionFeatures:
     """Runs a vision encoder and brings what it returns into one form.
 
     Args:
-        vision_model: any vision encoder of `AutoModel`.
-        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`).
+        vision_model: any vision encoder of transformers.
+        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`, or `(images, patches, values)` for
+            encoders of patches): as the processor gives them.
         feature_layer: -1 for the encoder's last hidden state as returned (CLIP: before its post-layernorm), otherwise
             an index into its hidden states.
+        image_sizes (`torch.LongTensor` of shape `(images, k)`, *optional*): the true size of each picture in
+            `pixel_values`, which are padded: height and width, or what counts its patches. As the processor gives them.
+        summary: "cls", the class token's state; "pooler", the encoder's own pooled output; "mean" of the patches' tokens;
+            "auto", the first of these that the encoder has.
 
     Returns:
-        `BaseModelOutputWithPooling` with `last_hidden_state` `(images, tokens, width)`, class token first where there is
-        one, and the summary feature `pooler_output` `(images, width)`: the class token's state, else the encoder's own
-        pooled output.
+        [`VisionFeatures`].
 
     Raises:
-        ValueError: for an encoder of another shape.
+        ValueError: for an encoder of another shape, or without the summary feature that was asked for.
     """
-    with_states = {} if feature_layer == -1 else {"output_hidden_states": True}
-    outputs = vision_model(pixel_values=pixel_values, return_dict=True, **with_states)
-    tokens = getattr(outputs, "last_hidden_state", None)
-    pooled = getattr(outputs, "pooler_output", None)
-    if tokens is None or tokens.dim() not in (3, 4) or tokens.shape[0] != pixel_values.shape[0]:
-        found = "no last_hidden_state" if tokens is None else f"last_hidden_state of shape {tuple(tokens.shape)}"
-        raise ValueError(f"{type(vision_model).__name__} returned {found}. {EXPECTED}")
+    parameters = inspect.signature(vision_model.forward).parameters
+    if feature_layer != -1 and not parameters.keys().isdisjoint(READERS):
+        raise ValueError(f"vision_feature_layer must be -1 for a {type(vision_model).__name__}.")
+    for name, read in READERS.items():
+        if name in parameters:
+            return read(vision_model, pixel_values, image_sizes, summary)
+    if pixel_values.dim() != 4:
+        raise ValueError(
+            OTHER_PICTURES % (type(vision_model).__name__, "pictures (n, c, h, w)", tuple(pixel_values.shape))
+        )
+    if image_sizes is None or bool((image_sizes == image_sizes.new_tensor(pixel_values.shape[-2:])).all()):
+        return _of_one_size(vision_model, pixel_values, feature_layer, summary)
+    parts: dict[int, VisionFeatures] = {}
+    for size in image_sizes.unique(dim=0):
+        rows = (image_sizes == size).all(-1).nonzero().flatten().tolist()
+        height, width = size.tolist()
+        features = _of_one_size(vision_model, pixel_values[rows, :, :height, :width], feature_layer, summary)
+        parts |= {row: _row(features, number) for number, row in enumerate(rows)}
+    return join_features([parts[row] for row in range(len(pixel_values))])
+
+
+def join_features(parts: list[VisionFeatures]) -> VisionFeatures:
+    """Features of several batches as one, padded to the most tokens; each part's rows stay together and in order."""
+    hidden = [part.last_hidden_state for part in parts]
+    longest = max(states.shape[1] for states in hidden)
+    mask = None
+    if any(part.attention_mask is not None or part.last_hidden_state.shape[1] < longest for part in parts):
+        masks = [
+            states.new_ones(states.shape[:2], dtype=torch.long) if part.attention_mask is None else part.attention_mask
+            for part, states in zip(parts, hidden, strict=True)
+        ]
+        mask = torch.cat([F.pad(of_part, (0, longest - of_part.shape[1])) for of_part in masks])
+    return VisionFeatures(
+        last_hidden_state=torch.cat([F.pad(states, (0, 0, 0, longest - states.shape[1])) for states in hidden]),
+        pooler_output=torch.cat([part.pooler_output for part in parts]),
+        attention_mask=mask,
+    )
+
+
+def merge_features(
+    computed: VisionFeatures, kept: VisionFeatures | None, is_kept: torch.Tensor | None
+) -> VisionFeatures:
+    """Features of all images in order, from those that were computed now and those that were kept, `is_kept` `(images,)`."""
+    if kept is None or is_kept is None:
+        return computed
+    like = computed.last_hidden_state
+    kept = VisionFeatures(
+        kept.last_hidden_state.to(like), kept.pooler_output.to(computed.pooler_output), kept.attention_mask
+    )
+    both = join_features([kept, computed])
+    order = torch.cat([is_kept.nonzero().flatten(), (~is_kept).nonzero().flatten()]).argsort().to(like.device)
+    mask = None if both.attention_mask is None else both.attention_mask[order]
+    return VisionFeatures(both.last_hidden_state[order], both.pooler_output[order], mask)
+
+
+def _row(features: VisionFeatures, row: int) -> VisionFeatures:
+    return VisionFeatures(
+        last_hidden_state=features.last_hidden_state[row : row + 1],
+        pooler_output=features.pooler_output[row : row + 1],
+        attention_mask=None if features.attention_mask is None else features.attention_mask[row : row + 1],
+    )
+
+
+def vision_width(
+    vision_config: PreTrainedConfig, feature_layer: int = -1, encoder: PreTrainedModel | None = None
+) -> int:
+    """Width of an encoder's tokens, as its output has it.
+
+    Found by a forward pass without memory or arithmetic (the meta device). Encoders of patches count them as they run,
+    which needs real numbers: `encoder`, or one built from the config, sees the smallest picture.
+
+    Raises:
+        ValueError: for an encoder that takes or returns something else than expected.
+    """
+    with torch.device("meta"):
+        probe = build_vision_encoder(copy.deepcopy(vision_config)).eval()
+    parameters = inspect.signature(probe.forward).parameters
+    _check_inputs(type(probe).__name__, parameters)
+    channels = _first_of(vision_config, "num_channels", "in_channels", "in_chans", "in_chans_list") or 3
+    if parameters.keys().isdisjoint(READERS) or "aspect_ratio_ids" in parameters:
+        height, width = _picture_size(vision_config)
+        pixels = torch.empty(1, channels, height, width, dtype=probe.dtype, device="meta")
+        sizes = None
+    else:
+        probe = build_vision_encoder(copy.deepcopy(vision_config)).eval() if encoder is None else encoder
+        side = 2 * (_first_of(vision_config, "spatial_merge_size", "pooling_kernel_size", "merge_size") or 2)
+        values = channels * vision_config.patch_size**2
+        sizes = torch.tensor([[side, side]], device=probe.device)
+        if "spatial_shapes" not in parameters and "pixel_position_ids" not in parameters:
+            values *= _first_of(vision_config, "temporal_patch_size") or 1
+            sizes = torch.tensor([[1, side, side]], device=probe.device)
+        pixels = torch.zeros(1, side * side, values, dtype=probe.dtype, device=probe.device)
+    with torch.no_grad(), torch.device(pixels.device):
+        features = vision_features(probe, pixels, feature_layer, sizes)
+    return features.last_hidden_state.shape[-1]
+
+
+def _check_inputs(name: str, parameters: Any) -> None:
+    """That an encoder asks for pictures and for nothing that only a text or a video has."""
+    needed = [
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    first = next((pixels for pixels in PIXELS if pixels in parameters), None)
+    unknown = [other for other in needed if other != first and other not in KNOWN_INPUTS]
+    if first is None or unknown or "input_ids" in parameters:
+        asked = ", ".join(unknown or needed or list(parameters)[:1])
+        raise ValueError(f"{name} can't be read as a vision encoder: it takes {asked}. {EXPECTED}")
+
+
+def _picture_size(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width that an encoder was made for: its config's, timm's own, or 224."""
+    timm = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
+    size = getattr(config, "image_size", None) or (timm[-2:] if timm else 224)
+    return (size[0], size[1]) if isinstance(size, (list, tuple)) else (size, size)
+
+
+def _first_of(config: Any, *names: str) -> Any:
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+
+
+# Pictures of one size --------------------------------------------------------------------------------------------------
+
+
+def _of_one_size(
+    vision_model: PreTrainedModel, pixel_values: torch.Tensor, feature_layer: int, summary: str
+) -> VisionFeatures:
+    """Features of pictures `(n, c, h, w)` that have no padding."""
+    parameters = inspect.signature(vision_model.forward).parameters
+    kwargs: dict[str, Any] = {} if feature_layer == -1 else {"output_hidden_states": True}
+    if "noise" in parameters and isinstance(getattr(vision_model.config, "patch_size", None), int):
+        patches = math.prod(_grid(pixel_values, vision_model.config.patch_size))
+        kwargs["noise"] = torch.arange(patches, device=pixel_values.device).expand(len(pixel_values), -1).float()
+    outputs = _call(vision_model, pixel_values, **kwargs)
+    name = type(vision_model).__name__
+    images = len(pixel_values)
+    tokens: Any
+    pooled: Any
+    if isinstance(outputs, torch.Tensor):  # BridgeTower: (layers, n, tokens, width)
+        tokens, pooled = (outputs[feature_layer] if outputs.dim() == 4 else outputs), None
+    else:
+        tokens, pooled = getattr(outputs, "last_hidden_state", None), getattr(outputs, "pooler_output", None)
+    if isinstance(tokens, torch.Tensor) and tokens.dim() == 3 and tokens.shape[0] == 1 < images:
+        tokens = tokens.reshape(images, -1, tokens.shape[-1])  # Pixtral: all pictures in one row
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() not in (3, 4) or tokens.shape[0] != images:
+        found = f"last_hidden_state of shape {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else "none"
+        raise ValueError(f"{name} returned {found}. {EXPECTED}")
+    class_state = getattr(outputs, "cls_token_value", None)  # CvT: beside the feature map
     if tokens.dim() == 4:
         if feature_layer != -1:
             raise ValueError("vision_feature_layer must be -1 for a convolutional encoder: its layers differ in width.")
-        tokens = tokens.flatten(2).transpose(1, 2)
-    elif feature_layer != -1:
-        tokens = outputs.hidden_states[feature_layer]
-    if has_class_token(vision_model):
-        summary = tokens[:, 0]
-    elif pooled is not None:
-        summary = pooled.flatten(1)
+        channels_last = _is_channels_last(vision_model, tokens, pixel_values)
+        tokens = tokens.flatten(1, 2) if channels_last else tokens.flatten(2).transpose(1, 2)
+        patches = tokens
     else:
-        raise ValueError(f"{type(vision_model).__name__} has neither a class token nor a pooler_output. {EXPECTED}")
-    if summary.shape[-1] != tokens.shape[-1]:
+        if feature_layer != -1 and not isinstance(outputs, torch.Tensor):
+            tokens = outputs.hidden_states[feature_layer]
+        leads = _leads_with_class_token(vision_model, tokens, pixel_values)
+        class_state, patches = (tokens[:, 0], tokens[:, 1:]) if leads else (class_state, tokens)
+    has_pooled = isinstance(pooled, torch.Tensor) and pooled.shape[0] == images
+    candidates = {
+        "cls": None if class_state is None else class_state.flatten(1),
+        "pooler": pooled.flatten(1) if has_pooled else None,
+        "mean": patches.mean(1),
+    }
+    return VisionFeatures(last_hidden_state=tokens, pooler_output=_choose(name, candidates, tokens.shape[-1], summary))
+
+
+def _call(vision_model: PreTrainedModel, pixels: torch.Tensor, **kwargs: Any) -> Any:
+    """The encoder's output for pictures, under the name that it has for them."""
+    parameters = inspect.signature(vision_model.forward).parameters
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "return_dict" in parameters or takes_more:
+        kwargs["return_dict"] = True
+    name = next((name for name in PIXELS if name in parameters), PIXELS[0])
+    return vision_model(**{name: pixels}, **kwargs)
+
+
+def _choose(name: str, candidates: dict[str, torch.Tensor | None], width: int, summary: str) -> torch.Tensor:
+    fitting = {key: value for key, value in candidates.items() if value is not None and value.shape[-1] == width}
+    if summary == "auto":
+        return next(iter(fitting.values()))
+    if summary not in fitting:
         raise ValueError(
-            f"{type(vision_model).__name__}: summary feature of width {summary.shape[-1]} beside tokens of width "
-            f"{tokens.shape[-1]}. {EXPECTED}"
+            f"vision_summary is {summary!r}, but {name} gives no such feature of its tokens' width {width}; it has "
+            f"{', '.join(fitting)}."
         )
-    return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=summary)
+    return fitting[summary]
 
 
-def vision_width(vision_config: PreTrainedConfig, feature_layer: int = -1) -> int:
-    """Width of an encoder's tokens, found by a forward pass without memory or arithmetic (the meta device).
+def has_class_token(vision_model: nn.Module) -> bool:
+    """Whether the encoder has a learned class token, wherever it uses it."""
+    return any(name.rsplit(".", 1)[-1] in CLASS_TOKEN_NAMES for name, _ in vision_model.named_parameters())
 
-    Raises:
-        ValueError: for an encoder whose output has another shape than expected.
+
+def _leads_with_class_token(vision_model: PreTrainedModel, tokens: torch.Tensor, pixels: torch.Tensor) -> bool:
+    """Whether the first token is a class token: there is one, and there are more tokens than patches.
+
+    An encoder may use its class token elsewhere (AIMv2's head), or take it off again (Llama 4).
     """
-    size = getattr(vision_config, "image_size", None) or 224
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    channels = getattr(vision_config, "num_channels", 3)
-    with torch.device("meta"):
-        encoder = AutoModel.from_config(copy.deepcopy(vision_config)).eval()
-        pixels = torch.empty(1, channels, height, width, dtype=encoder.dtype)
-        if encoder.main_input_name != "pixel_values":
-            raise ValueError(f"{type(encoder).__name__} can't be read as a vision encoder. {EXPECTED}")
-        features = vision_features(encoder, pixels, feature_layer)
-    assert features.last_hidden_state is not None
-    return features.last_hidden_state.shape[-1]
+    if not has_class_token(vision_model):
+        return False
+    patch_size = getattr(vision_model.config, "patch_size", None)
+    return not isinstance(patch_size, int) or tokens.shape[1] > math.prod(_grid(pixels, patch_size))
+
+
+def _grid(pixels: torch.Tensor, patch_size: int) -> tuple[int, int]:
+    return pixels.shape[-2] // patch_size, pixels.shape[-1] // patch_size
+
+
+def _is_channels_last(vision_model: PreTrainedModel, feature_map: torch.Tensor, pixels: torch.Tensor) -> bool:
+    """Whether a feature map is (n, h, w, c): timm says how wide it is; otherwise the picture's shape shows in two sides."""
+    first, second, third = feature_map.shape[1:]
+    width = getattr(getattr(vision_model, "timm_model", None), "num_features", None)
+    if width in (first, third) and first != third:
+        return third == width
+    shape = math.log(pixels.shape[-2] / pixels.shape[-1])
+    return abs(math.log(first / second) - shape) < abs(math.log(second / third) - shape)
+
+
+# Patches and tiles -----------------------------------------------------------------------------------------------------
+
+
+def _of_grids(
+    vision_model: PreTrainedModel, pixel_values: torch.Tensor, sizes: torch.Tensor | None, summary: str
+) -> VisionFeatures:
+    """Patches of all pictures in one row, counted by a grid `(n, 3)` of time, height, width (Qwen-VL and its kin)."""
+    _need_patches(vision_model, pixel_values, sizes, 3)
+    assert sizes is not None
+    parameters = inspect.signature(vision_model.forward).parameters
+    counts = sizes.prod(-1)
+    held = torch.arange(pixel_values.shape[1], device=counts.device) < counts.unsqueeze(-1)
+    more = {}
+    if "merge_sizes" in parameters:
+        merge = _first_of(vision_model.config, "spatial_merge_size", "merge_size") or 1
+        more["merge_sizes"] = sizes.new_full((len(sizes),), merge)
+    grid = next(name for name in ("grid_thw", "image_grid_thw") if name in parameters)
+    outputs = _call(vision_model, pixel_values[held], **{grid: sizes}, **more)
+    return _from_row(vision_model, outputs, counts, summary)
+
+
+def _of_shapes(
+    vision_model: PreTrainedModel, pixel_values: torch.Tensor, sizes: torch.Tensor | None, summary: str
+) -> VisionFeatures:
+    """Padded patches with the height and width of each picture in patches (SigLIP 2 NaFlex)."""
+    _need_patches(vision_model, pixel_values, sizes, 2)
+    assert sizes is not None
+    longest = int(sizes.prod(-1).max())
+    mask = (torch.arange(longest, device=sizes.device) < sizes.prod(-1, keepdim=True)).long()
+    outputs = _call(vision_model, pixel_values[:, :longest], pixel_attention_mask=mask, spatial_shapes=sizes)
+    tokens = outputs.last_hidden_state * mask.unsqueeze(-1).to(outputs.last_hidden_state.dtype)
+    candidates = {"pooler": outputs.pooler_output, "mean": _masked_mean(tokens, mask)}
+    chosen = _choose(type(vision_model).__name__, candidates, tokens.shape[-1], summary)
+    return VisionFeatures(last_hidden_state=tokens, pooler_output=chosen, attention_mask=mask)
+
+
+def _of_positions(
+    vision_model: PreTrainedModel, pixel_values: torch.Tensor, sizes: torch.Tensor | None, summary: str
+) -> VisionFeatures:
+    """Padded patches with the place of each, -1 for padding (Gemma 4)."""
+    _need_patches(vision_model, pixel_values, sizes, 2)
+    assert sizes is not None
+    counts = sizes.prod(-1)
+    places = torch.arange(pixel_values.shape[1], device=sizes.device)
+    widths = sizes[:, 1:]
+    positions = torch.stack([places % widths, places // widths], dim=-1)
+    positions = positions.masked_fill((places >= counts.unsqueeze(-1)).unsqueeze(-1), -1)
+    outputs = _call(vision_model, pixel_values, pixel_position_ids=positions)
+    return _from_row(vision_model, outputs, counts, summary)
+
+
+def _of_tiles(
+    vision_model: PreTrainedModel, pixel_values: torch.Tensor, sizes: torch.Tensor | None, summary: str
+) -> VisionFeatures:
+    """Pictures as tiles `(n, tiles, c, h, w)` with their layout's id and number (Llama 3.2 Vision); `(n, c, h, w)` is one."""
+    if pixel_values.dim() == 4:
+        pixel_values = pixel_values.unsqueeze(1)
+    images, tiles = pixel_values.shape[:2]
+    if sizes is None:
+        sizes = torch.ones(images, 2, dtype=torch.long, device=pixel_values.device)
+    mask = (torch.arange(tiles, device=sizes.device) < sizes[:, 1:]).long()
+    outputs = _call(
+        vision_model, pixel_values.unsqueeze(1), aspect_ratio_ids=sizes[:, :1], aspect_ratio_mask=mask.unsqueeze(1)
+    )
+    tokens = outputs.last_hidden_state[:, 0]  # (n, tiles, tokens, width)
+    each = tokens.shape[2]
+    tokens, mask = tokens.flatten(1, 2), mask.repeat_interleave(each, dim=1)
+    candidates = {"cls": tokens[:, 0], "mean": _masked_mean(tokens, mask)}
+    chosen = _choose(type(vision_model).__name__, candidates, tokens.shape[-1], summary)
+    return VisionFeatures(last_hidden_state=tokens, pooler_output=chosen, attention_mask=mask)
+
+
+# By the input that tells such an encoder from the others.
+READERS: dict[str, Callable[..., VisionFeatures]] = {
+    "grid_thw": _of_grids,
+    "image_grid_thw": _of_grids,
+    "spatial_shapes": _of_shapes,
+    "pixel_position_ids": _of_positions,
+    "aspect_ratio_ids": _of_tiles,
+}
+KNOWN_INPUTS = {*READERS, "merge_sizes", "pixel_attention_mask", "aspect_ratio_mask", "image_mask"}
+
+
+def _need_patches(
+    vision_model: PreTrainedModel, pixel_values: torch.Tensor, sizes: torch.Tensor | None, columns: int
+) -> None:
+    if pixel_values.dim() != 3 or sizes is None or sizes.shape[-1] != columns:
+        came = f"{tuple(pixel_values.shape)} with sizes {None if sizes is None else tuple(sizes.shape)}"
+        raise ValueError(OTHER_PICTURES % (type(vision_model).__name__, "patches and their grid", came))
+
+
+def _from_row(vision_model: PreTrainedModel, outputs: Any, counts: torch.Tensor, summary: str) -> VisionFeatures:
+    """Tokens of all pictures in one row to `(n, tokens, width)`; several patches may have become one token."""
+    states = outputs.last_hidden_state
+    states = states.reshape(-1, states.shape[-1])
+    patches = int(counts.sum())
+    if not len(states) or patches % len(states):
+        raise ValueError(f"{type(vision_model).__name__} made {len(states)} tokens of {patches} patches. {EXPECTED}")
+    of_each = (counts // (patches // len(states))).tolist()
+    parts = states.split(of_each)
+    rows = [
+        VisionFeatures(last_hidden_state=part.unsqueeze(0), pooler_output=part.mean(0, keepdim=True)) for part in parts
+    ]
+    _choose(type(vision_model).__name__, {"mean": states}, states.shape[-1], summary)
+    return join_features(rows)
+
+
+def _masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    weights = mask.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)

@@ -68,7 +68,6 @@ from training.evaluation.slices import (
     count_in_pairs,
     item_facts,
     measure_slices,
-    pair_positions,
     query_slices,
 )
 from training.reporting.evaluation_plots import draw_plots
@@ -76,7 +75,8 @@ from training.reporting.evaluation_tables import as_markdown, show
 from training.tables.commands import DONE, command, parse
 from training.tables.files import write_json, write_text
 from training.tables.items import ItemTable, TableError, load_items, load_pairs
-from training.tables.reading import write_rejects
+from training.tables.pairs import pair_positions
+from training.tables.rejects import write_rejects
 from training.trainer.adapters import base_of
 from training.trainer.batches import ItemCollator
 from training.trainer.vision_cache import VisionCache
@@ -117,6 +117,14 @@ class EvaluateArguments:
     pairs: str = field(metadata={"help": "Pair table to measure on."})
     output: str = field(metadata={"help": "Folder for evaluation.json, evaluation.md, plots and rejects.jsonl."})
     compare: str | None = field(default=None, metadata={"help": "Another model, measured on the same queries."})
+    split: str | None = field(
+        default=None,
+        metadata={"help": "Split of the items' data set or folder of files; none: all, one after another."},
+    )
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "Of CSV and JSON lines tables, e.g. gbk or latin-1; none: UTF-8, or as their mark says."},
+    )
     eval_split: str | None = field(
         default=None, metadata={"help": "Measure on items whose column `split` says this; none: on all."}
     )
@@ -293,17 +301,21 @@ def _examples(view: View, measured: Measured, items: ItemTable, options: Measure
 def run(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]:
     """The whole job; returns what evaluation.json holds."""
     output = Path(arguments.output)
-    items, rejects = load_items(arguments.items, num_workers=arguments.num_workers)
+    items, rejects = load_items(
+        arguments.items, arguments.split, num_workers=arguments.num_workers, encoding=arguments.encoding
+    )
     if arguments.eval_split is not None:
         items = items.select(items.where("split", arguments.eval_split))
         if not len(items):
             raise TableError(f"{arguments.items}: no item whose column 'split' says '{arguments.eval_split}'.")
-    table, rejected = load_pairs(arguments.pairs, items)
+    table, rejected = load_pairs(arguments.pairs, items, encoding=arguments.encoding)
     rejects += rejected
-    share = trained_share(table.pairs, pair_positions(arguments.train_pairs, items)) if arguments.train_pairs else None
+    share = popularity = None
+    if arguments.train_pairs:
+        share = trained_share(table.pairs, pair_positions(arguments.train_pairs, items, arguments.encoding))
+        popularity = count_in_pairs(arguments.train_pairs, items, arguments.encoding)
     pairs = [(items.item_ids[query], items.item_ids[target]) for query, target in table.pairs.tolist()]
     labels = items.column(arguments.label_column) if arguments.label_column else None
-    popularity = count_in_pairs(arguments.train_pairs, items) if arguments.train_pairs else None
     write_rejects(rejects, output / "rejects.jsonl")
 
     found = evaluate_model(

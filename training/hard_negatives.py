@@ -44,6 +44,14 @@ class HardNegativesArguments:
     items: str = field(metadata={"help": "Item table."})
     pairs: str = field(metadata={"help": "Pair table to train on."})
     output: str = field(metadata={"help": "Parquet file for the pairs with their negatives."})
+    split: str | None = field(
+        default=None,
+        metadata={"help": "Split of the items' data set or folder of files; none: all, one after another."},
+    )
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "Of CSV and JSON lines tables, e.g. gbk or latin-1; none: UTF-8, or as their mark says."},
+    )
     negatives: int = field(default=4, metadata={"help": "Negatives of each pair."})
     ceiling: float = field(
         default=0.95, metadata={"help": "Highest cosine similarity to the query, as a share of the target's."}
@@ -135,12 +143,11 @@ def write_pairs(
 ) -> int:
     """The usable pairs' rows, all columns, with their negatives as ids, whole or not at all. Returns negatives found."""
     names = [f"negative_{number + 1}" for number in range(negatives)]
-    kept = [name for name in matched.table.rows.column_names if name not in names and not name.startswith("__")]
-    source = matched.table.rows.select_columns(kept).with_format("arrow")
+    kept = [name for name in matched.table.column_names if name not in names]
     writer, start, found = None, 0, 0
     with atomic_write(output) as place, ExitStack() as stack:
         for block in mined:
-            table = source[matched.rows[start : start + len(block)]]
+            table = matched.table.take(matched.rows[start : start + len(block)], kept)
             start += len(block)
             found += int((block >= 0).sum())
             for name, column in zip(names, block.T, strict=True):
@@ -154,8 +161,8 @@ def write_pairs(
 def run(arguments: HardNegativesArguments) -> None:
     """The whole job; prints how many negatives were found."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    items, _ = load_items(arguments.items, check_images=False)
-    matched = match_pairs(arguments.pairs, items)
+    items, _ = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
+    matched = match_pairs(arguments.pairs, items, encoding=arguments.encoding)
     model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True).to(device)
     processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     used = np.unique(matched.pairs)

@@ -200,7 +200,9 @@ def items_of(run: Path, source: str | None) -> ItemTable | None:
     if source is None and not Path(settings.get("items", "")).exists():
         print(f"No pictures: the run's item table {settings.get('items')!r} is not there; name it with --items.")
         return None
-    items, _ = load_items(source or settings["items"], check_images=False)
+    items, _ = load_items(
+        source or settings["items"], settings.get("split"), check_images=False, encoding=settings.get("encoding")
+    )
     split = settings.get("eval_split")
     return items.select(items.where("split", split)) if split else items
 

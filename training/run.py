@@ -62,8 +62,12 @@ class RunData:
 
 def load_data(arguments: DataArguments, num_workers: int) -> RunData:
     """Read and check the tables that the arguments name."""
-    items, rejects = load_items(arguments.items, check_images=arguments.check_images, num_workers=num_workers)
-    train, rejected = load_pairs(arguments.train_pairs, items, distinct_column=arguments.distinct_column)
+    items, rejects = load_items(
+        arguments.items, arguments.split, arguments.check_images, num_workers, arguments.encoding
+    )
+    train, rejected = load_pairs(
+        arguments.train_pairs, items, distinct_column=arguments.distinct_column, encoding=arguments.encoding
+    )
     rejects += rejected
     positions = np.arange(len(items))
     if arguments.eval_split is not None:
@@ -72,7 +76,7 @@ def load_data(arguments: DataArguments, num_workers: int) -> RunData:
     pairs: list[tuple[str, str]] = []
     share = 0.0
     if arguments.eval_pairs is not None:
-        table, rejected = load_pairs(arguments.eval_pairs, eval_items)
+        table, rejected = load_pairs(arguments.eval_pairs, eval_items, encoding=arguments.encoding)
         rejects += rejected
         share = trained_share(positions[table.pairs], train.pairs)
         pairs = [(eval_items.item_ids[query], eval_items.item_ids[target]) for query, target in table.pairs.tolist()]
@@ -214,7 +218,7 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
             (output / name).unlink(missing_ok=True)
     if explained:
         saliency["after training"] = explain(trainer, data)
-        evaluate_whole(trainer, data, tables.train_pairs, tables.label_column)
+        evaluate_whole(trainer, data, tables.train_pairs, tables.label_column, tables.encoding)
         clock.lap("report")
     report["saliency"] = {name: shares for name, shares in saliency.items() if shares}
 
@@ -249,7 +253,16 @@ def main(options: Sequence[str] | None = None) -> int | None:
     model, tables, arguments = parse(sys.argv[1:] if options is None else options)
     if tables.validate_only:
         output, workers = Path(arguments.output_dir), arguments.dataloader_num_workers
-        validate(tables.items, tables.train_pairs, tables.eval_pairs, output, tables.eval_split, workers)
+        validate(
+            tables.items,
+            tables.train_pairs,
+            tables.eval_pairs,
+            output,
+            tables.eval_split,
+            workers,
+            split=tables.split,
+            encoding=tables.encoding,
+        )
     else:
         run(model, tables, arguments)
     return DONE

@@ -38,12 +38,15 @@ def explain(trainer: NoteLLM2Trainer, data: "RunData") -> dict[str, Any]:
     return asdict(measure_saliency(trainer.model, trainer.processing_class, collate, pairs))
 
 
-def evaluate_whole(trainer: NoteLLM2Trainer, data: "RunData", train_pairs: str, label_column: str | None) -> None:
+def evaluate_whole(
+    trainer: NoteLLM2Trainer, data: "RunData", train_pairs: str, label_column: str | None, encoding: str | None = None
+) -> None:
     """evaluation.json, evaluation.md and plots of the trained model, in the run's folder.
 
     Args:
         train_pairs: pair table, for slices by popularity and of unseen items.
         label_column: where `data.labels` come from.
+        encoding: of `train_pairs`.
     """
     output, options = Path(trainer.args.output_dir), MeasureOptions()
     found = evaluate_model(
@@ -53,7 +56,7 @@ def evaluate_whole(trainer: NoteLLM2Trainer, data: "RunData", train_pairs: str, 
         data.eval_pairs,
         options,
         labels=data.labels,
-        popularity=count_in_pairs(train_pairs, data.eval_items),
+        popularity=count_in_pairs(train_pairs, data.eval_items, encoding),
         batch_size=trainer.args.per_device_eval_batch_size,
         num_workers=trainer.args.dataloader_num_workers,
         features=trainer.data_collator.collate_items.features,

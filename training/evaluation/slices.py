@@ -14,8 +14,8 @@ import numpy as np
 from modeling_notellm2.prompts_notellm2 import FieldLimits
 from training.evaluation.metrics import Bootstrap, intervals, single_target_metrics
 from training.evaluation.retrieval import has_label
-from training.tables.items import ItemTable, clean_ids, require_columns
-from training.tables.reading import load_table
+from training.tables.items import ItemTable
+from training.tables.pairs import pair_positions
 from training.trainer.false_negatives import TEXT_FIELDS
 from training.trainer.sampling import item_lengths
 
@@ -66,25 +66,13 @@ def item_facts(
     return ItemFacts(characters, has_text, present.get("image", nothing), popularity, labels)
 
 
-def pair_positions(source: str, items: ItemTable) -> np.ndarray:
-    """(n, 2) int32: query and target of each pair of a table, -1 where it is none of the items.
-
-    Raises:
-        TableError: when the table can't be read or lacks query_id or target_id.
-    """
-    loaded, _ = load_table(source)
-    require_columns(loaded, ["query_id", "target_id"])
-    sides = (clean_ids(loaded, name) for name in ("query_id", "target_id"))
-    return np.stack([items.item_ids.positions(ids)[loaded.readable] for ids in sides], axis=1)
-
-
-def count_in_pairs(source: str, items: ItemTable) -> np.ndarray:
+def count_in_pairs(source: str, items: ItemTable, encoding: str | None = None) -> np.ndarray:
     """(n,) int64: in how many pairs of a table each item is; pairs of other items are no fault here.
 
     Raises:
-        TableError: as `pair_positions`.
+        TableError: as `training.tables.pairs.pair_positions`.
     """
-    queries, targets = pair_positions(source, items).T
+    queries, targets = pair_positions(source, items, encoding).T
     counts = np.zeros(len(items), dtype=np.int64)
     for positions in (queries, targets[targets != queries]):  # a pair of one item with itself counts once
         counts += np.bincount(positions[positions >= 0], minlength=len(items))

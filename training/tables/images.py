@@ -54,24 +54,28 @@ def map_items(items: Sequence[Item], function: Callable[[Item], Any], num_worker
             progress.update(len(results))
 
 
-def image_faults(items: Sequence[Item], num_workers: int = 0) -> Iterator[tuple[int, str]]:
-    """Position and reason of every item that has an image that can't be read."""
-    for position, fault in enumerate(map_items(items, image_fault, num_workers, "Opening images")):
-        if fault is not None:
-            yield position, fault
+def picture_faults(items: Sequence[Item], num_workers: int = 0) -> Iterator[tuple[int, list[str | None]]]:
+    """Position of every item with a picture that can't be read, and for each of its pictures why it can't, or None."""
+    for position, faults in enumerate(map_items(items, faults_of_pictures, num_workers, "Opening images")):
+        if any(fault is not None for fault in faults):
+            yield position, faults
 
 
-def image_fault(item: Item) -> str | None:
-    """Why one of an item's images can't be read; None if all can."""
+def faults_of_pictures(item: Item) -> list[str | None]:
+    """Why each of an item's pictures can't be read; None for one that can."""
+    return [_fault(source) for source in image_sources(item.get("image"))]
+
+
+def _fault(source: Any) -> str | None:
     try:
-        for source in map(read_encoded, image_sources(item.get("image"))):
-            if isinstance(source, bytes):
-                with Image.open(io.BytesIO(source)) as opened:
-                    opened.draft("RGB", (64, 64))  # JPEG at low resolution: cheap, and still reads the whole file
-                    opened.load()
-            else:
-                load_image(source)
-    except Exception as error:  # decoders raise errors of every kind for bytes that they don't understand
+        encoded = read_encoded(source)
+        if isinstance(encoded, bytes):
+            with Image.open(io.BytesIO(encoded)) as opened:
+                opened.draft("RGB", (64, 64))  # JPEG at low resolution: cheap, and still reads the whole file
+                opened.load()
+        else:
+            load_image(encoded)
+    except Exception as error:  # decoders raise errors of every kind
         return str(error) or type(error).__name__
     return None
 

@@ -1,218 +1,275 @@
-"""Reading tables of any kind into memory-mapped Arrow, with every row that can't be used listed and counted.
+"""A table of any kind as mapped Arrow: every row by its position, in any order, from any number of threads and processes.
 
-Parquet, folders and Hub ids come through `datasets`, which maps them. JSON lines and CSV are read row by row, because one
-broken row would otherwise refuse the whole file, and streamed into an Arrow file of their own in `datasets`' cache, which
-later runs map again. A bad row never stops a job and never vanishes: it is in `Rejects`, and `write_rejects` lists it.
+Opening a table copies it, streamed, into one Arrow file in the cache of `datasets`, in which every column has its form
+(`training.tables.columns`) and every row that can't be read has a fault in its place. The copy is named by the content of the
+table's files: a table that has changed is copied anew, an unchanged one is only mapped. Memory is that of a block.
 """
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
-from itertools import islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from modeling_notellm2.rows_notellm2 import BadRow, dataset_id, read_csv_rows, read_json_rows, row_id
+from training.tables.columns import FILE_COLUMNS, IMAGE_TYPE, cells_column, form_of, other_of, reason_of
 from training.tables.files import atomic_write
+from training.tables.formats import EMPTY_LINE, Block, TablePart, Types, open_part
+from training.tables.rejects import Reject, RejectedRows, Rejects, TableError, write_rejects
+from training.tables.sources import cache_folder, parts_of
+from training.tables.texts import each_text, texts_of, values_of
 
 
-BLOCK = 10_000
-"""Rows handled at once."""
-ROW, FAULT = "__row__", "__fault__"
-"""Columns of a streamed file's Arrow copy: where the row stood, and why it can't be read (null: it can)."""
-READERS: dict[str, Callable[[Path], Iterator[dict[str, Any] | BadRow | None]]] = {
-    ".jsonl": read_json_rows,
-    ".csv": read_csv_rows,
-}
-LISTS = ("topics", "image")
+PART, FAULT = "__part__", "__fault__"
+"""Columns of a copy beside the table's: number of the file or split, and why the row can't be read (null: it can)."""
+FORMAT = 1
+"""Of the copy; with another one, old copies aren't used."""
 
 
-class TableError(ValueError):
-    """A table that can't be used at all; the message says what it lacks."""
+@dataclass
+class Table:
+    """All rows of a table, mapped; opened by `open_table`.
 
-
-@dataclass(frozen=True)
-class Reject:
-    """A row that is left out. `row` counts from 0 (in JSON lines: every line, empty ones too)."""
-
-    table: str
-    row: int
-    ids: list[str]
-    reason: str
-
-
-@dataclass(frozen=True)
-class LoadedTable:
-    """A table as `datasets` holds it.
-
-    Attributes:
-        source: where it came from.
-        rows: all rows, mapped.
-        readable: (m,) int64 positions of the rows that could be read.
-        numbers: (n,) int64 number of each row in its source; None: rows stand there as here.
+    Args:
+        source, split, encoding: what was opened.
+        copy: the Arrow file.
+        names: of the files or splits.
+        folders: where relative paths of pictures start in each of them.
+        files: SHA-256 by name.
     """
 
     source: str
-    rows: datasets.Dataset
-    readable: np.ndarray
-    numbers: np.ndarray | None = None
+    split: str | None
+    encoding: str | None
+    copy: Path | None
+    names: list[str]
+    folders: list[Path]
+    files: dict[str, str] = field(repr=False)
 
+    def __post_init__(self) -> None:
+        if self.copy is not None:
+            self._map()
 
-def arrow_blocks(rows: datasets.Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
-    """Position of the first row and some columns of it and those after it, block by block, zero-copy."""
-    mapped = rows.select_columns(columns).with_format("arrow")
-    return zip(range(0, len(mapped), BLOCK), mapped.iter(BLOCK), strict=True)
+    @classmethod
+    def of_rows(cls, rows: Sequence[Mapping[str, Any]], folder: Path = Path()) -> "Table":
+        """Rows that are in memory, by the same rules.
 
+        Raises:
+            TableError: for a cell that can't be what its column is.
+        """
+        types: Types = dict.fromkeys(name for row in rows for name in row)
+        columns = {}
+        for name in types:
+            columns[name], faults = cells_column(name, [row.get(name) for row in rows])
+            for row, fault in faults.items():
+                raise TableError(f"row {row}: {reason_of(name, fault)}")
+        table = cls("rows in memory", None, None, None, ["rows in memory"], [folder], {})
+        table._hold([_record(Block(len(rows), columns, {}), 0, _schema(types))])
+        return table
 
-@dataclass(frozen=True)
-class RejectedRows:
-    """Rows of one table that are left out for one kind of reason; their ids are read when they are listed.
+    def _map(self) -> None:
+        with pa.memory_map(str(self.copy)) as mapped:
+            table = pa.ipc.open_stream(mapped).read_all()
+        self._hold(table.to_batches())
 
-    Attributes:
-        rows: (m,) int64 positions in the table.
-        reason: the kind of reason.
-        details: (m,) what to add to it for each row; None: nothing.
-        id_columns: which columns name the row.
-    """
+    def _hold(self, batches: list[pa.RecordBatch]) -> None:
+        self.batches = batches
+        self.starts = [0, *accumulate(len(batch) for batch in batches)]
+        self.parts = [batch.column(PART)[0].as_py() for batch in batches]
 
-    table: LoadedTable
-    rows: np.ndarray
-    reason: str
-    details: pa.Array | None = None
-    id_columns: tuple[str, ...] = ()
+    def __getstate__(self) -> dict[str, Any]:
+        """What is mapped is mapped again by who unpickles this."""
+        mapped = ("batches", "starts", "parts", "_part_starts") if self.copy is not None else ()
+        return {key: value for key, value in self.__dict__.items() if key not in mapped}
 
-    def __iter__(self) -> Iterator[Reject]:
-        for start in range(0, len(self.rows), BLOCK):
-            rows = self.rows[start : start + BLOCK]
-            numbers = rows if self.table.numbers is None else self.table.numbers[rows]
-            reasons = [self.reason] * len(rows)
-            if self.details is not None:
-                reasons = [f"{self.reason}: {detail}" for detail in self.details[start : start + BLOCK].to_pylist()]
-            for number, ids, reason in zip(numbers.tolist(), self._ids(rows), reasons, strict=True):
-                yield Reject(self.table.source, number, ids, reason)
-
-    def _ids(self, rows: np.ndarray) -> list[list[str]]:
-        if not self.id_columns:
-            return [[] for _ in rows]
-        values = self.table.rows.select_columns(list(self.id_columns)).with_format("arrow")[rows]
-        return [[row_id(value) for value in row.values()] for row in values.to_pylist()]
-
-
-class Rejects:
-    """All rows of a run that are left out. Kept as row numbers, so that millions of them fit into memory."""
-
-    def __init__(self, *groups: RejectedRows):
-        self.groups = [group for group in groups if len(group.rows)]
-
-    def __iadd__(self, other: "Rejects") -> "Rejects":
-        self.groups += other.groups
-        return self
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.copy is not None:
+            if not self.copy.exists():  # another machine
+                self.copy = open_table(self.source, self.split, self.encoding).copy
+            self._map()
 
     def __len__(self) -> int:
-        return sum(len(group.rows) for group in self.groups)
+        """Rows, empty lines of text files among them."""
+        return self.starts[-1]
 
-    def __iter__(self) -> Iterator[Reject]:
-        return (reject for group in self.groups for reject in group)
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the table's columns."""
+        schema = self.batches[0].schema
+        return pa.schema([one for one in schema if one.name not in (PART, FAULT)])
 
-    def counts(self) -> Counter[tuple[str, str]]:
-        """Rows by source and kind of reason."""
-        counted: Counter[tuple[str, str]] = Counter()
-        for group in self.groups:
-            counted[group.table.source, group.reason] += len(group.rows)
-        return counted
+    @property
+    def column_names(self) -> list[str]:
+        return self.schema.names
+
+    def row(self, position: int, columns: Sequence[str]) -> dict[str, Any]:
+        """Some cells of a row, as Python values."""
+        number = bisect_right(self.starts, position) - 1
+        batch, offset = self.batches[number], position - self.starts[number]
+        return {name: batch.column(name)[offset].as_py() for name in columns}
+
+    def place(self, position: int) -> tuple[str, int]:
+        """File (or split) of a row, and its number there, from 0."""
+        part = self.parts[bisect_right(self.starts, position) - 1]
+        return self.names[part], position - self._part_starts[part]
+
+    def folder(self, position: int) -> Path:
+        """Where relative paths of a row's pictures start."""
+        return self.folders[self.parts[bisect_right(self.starts, position) - 1]]
+
+    def faults(self, rows: np.ndarray) -> list[str]:
+        """Why rows can't be read."""
+        return [self.row(row, [FAULT])[FAULT] for row in rows.tolist()]
+
+    def blocks(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        """Position of the first row and some columns of it and those after it, block by block, zero-copy."""
+        for start, batch in zip(self.starts, self.batches, strict=False):
+            yield start, pa.Table.from_batches([batch.select(list(columns))])
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A whole column, mapped.
+
+        Raises:
+            TableError: when the table has no such column.
+        """
+        if name not in self.column_names:
+            raise TableError(f"{self.source}: no column '{name}'; it has {', '.join(self.column_names)}.")
+        return pa.chunked_array([batch.column(name) for batch in self.batches], self.schema.field(name).type)
+
+    def texts(self, name: str) -> pa.ChunkedArray:
+        """A column as text, by the rule of titles; null where it is empty."""
+        chunks = []
+        for chunk in self.column(name).chunks:
+            if pa.types.is_nested(chunk.type):
+                chunks.append(each_text(values_of(chunk), other_of)[0])
+            else:
+                chunks.append(texts_of(chunk)[0])
+        return pa.chunked_array(chunks, pa.string())
+
+    def take(self, positions: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Some columns of some rows, in any order. In memory, so ask for few, or for columns without pictures."""
+        order = np.argsort(positions, kind="stable")
+        ascending = np.asarray(positions)[order]
+        cuts = np.searchsorted(ascending, self.starts)
+        pieces = [
+            pa.Table.from_batches([batch.select(list(columns)).take(pa.array(ascending[first:behind] - start))])
+            for batch, start, first, behind in zip(self.batches, self.starts, cuts[:-1], cuts[1:], strict=False)
+            if first < behind
+        ]
+        if not pieces:
+            return self.schema.empty_table().select(list(columns))
+        back = np.empty(len(order), dtype=np.int64)
+        back[order] = np.arange(len(order))
+        joined = pa.concat_tables(pieces)
+        return joined if (np.diff(order) == 1).all() else joined.take(pa.array(back))
+
+    def require(self, names: Sequence[str]) -> None:
+        """Raises TableError, naming what is there, unless the table has all these columns."""
+        missing = [name for name in names if name not in self.column_names]
+        if missing:
+            raise TableError(f"{self.source}: no column {', '.join(missing)}; it has {', '.join(self.column_names)}.")
+
+    def unreadable(self, id_columns: tuple[str, ...]) -> tuple[np.ndarray, Rejects]:
+        """(n,) bool, which rows are none (faults and empty lines), and the faults."""
+        faults = pa.chunked_array([batch.column(FAULT) for batch in self.batches], pa.string())
+        without = faults.is_valid().to_numpy()
+        broken = pc.fill_null(pc.not_equal(faults, EMPTY_LINE), False).to_numpy()
+        return without, Rejects(RejectedRows(self, np.flatnonzero(broken), None, id_columns=id_columns))
+
+    @cached_property
+    def _part_starts(self) -> dict[int, int]:
+        starts: dict[int, int] = {}
+        for part, start in zip(self.parts, self.starts, strict=False):
+            starts.setdefault(part, start)
+        return starts
 
 
-def write_rejects(rejects: Iterable[Reject], path: Path) -> None:
-    """One JSON line for each reject, streamed; an empty file says that there was none."""
-    with atomic_write(path) as place, place.open("w", encoding="utf-8") as stream:
-        for reject in rejects:
-            stream.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
-
-
-def load_table(source: str, split: str = "train") -> tuple[LoadedTable, Rejects]:
-    """A file, a folder or a Hub dataset as mapped rows, with the rows that could not be read.
+def open_table(source: str, split: str | None = None, encoding: str | None = None) -> Table:
+    """A table of any kind as mapped rows.
 
     Args:
-        source: a .parquet, .jsonl or .csv file, a folder (an image folder with metadata, Parquet files, or one that
-            `save_to_disk` wrote), or a dataset of the Hub, ORG/DATA or ORG/DATA:CONFIG.
-        split: which split of a folder or Hub dataset. A config of the Hub that has a single split gives that.
+        source, split: as of `training.tables.sources.parts_of`.
+        encoding: of its text files; None: UTF-8, or what their mark says.
 
     Raises:
-        TableError: when `source` looks like a file and is none, is a file of another type, or has no readable row.
+        TableError: when there is no such table, a file of it is none, or it has no row.
     """
-    path = Path(source)
-    suffix = path.suffix.lower()
-    if suffix in (".parquet", *READERS) and not path.is_file():
-        raise TableError(f"{source}: no such table.")
-    if suffix in READERS:
-        return _load_streamed(path, READERS[suffix])
-    if suffix == ".parquet":
-        rows = datasets.load_dataset("parquet", data_files=source, split="train")
-    elif path.is_file():
-        raise TableError(f"{source}: a table is a .parquet, .jsonl or .csv file, a folder, or a Hub dataset id.")
-    elif (path / "state.json").exists():
-        rows = datasets.load_from_disk(source)
-    elif path.exists():
-        rows = datasets.load_dataset(source, split=split)
-    else:
-        rows = _load_from_hub(source, split)
-    return LoadedTable(source, rows, np.arange(len(rows))), Rejects()
-
-
-def _load_from_hub(source: str, split: str) -> datasets.Dataset:
-    name, config = dataset_id(source)
-    if config is not None:
-        splits = datasets.get_dataset_split_names(name, config)
-        split = splits[0] if len(splits) == 1 else split
-    return datasets.load_dataset(name, config, split=split)
-
-
-def _load_streamed(
-    path: Path, read: Callable[[Path], Iterator[dict[str, Any] | BadRow | None]]
-) -> tuple[LoadedTable, Rejects]:
-    """A text file by way of its Arrow copy, which is made anew whenever the file has changed."""
-    state = path.stat()
-    key = blake2b(f"{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}".encode(), digest_size=16).hexdigest()
-    copy = Path(datasets.config.HF_DATASETS_CACHE) / "notellm2_tables" / f"{key}.arrow"
+    places = parts_of(source, split)
+    parts = [open_part(place, encoding) for place in places]
+    files = {part.name: part.sha256() for part in tqdm(parts, desc="Hashing", unit="file", disable=len(parts) < 20)}
+    described = json.dumps([FORMAT, encoding, [[name, digest, _kind(name)] for name, digest in files.items()]])
+    copy = cache_folder() / f"{blake2b(described.encode(), digest_size=16).hexdigest()}.arrow"
     if not copy.exists():
-        _write_arrow(path, read, copy)
-    rows = datasets.Dataset.from_file(str(copy))
-    numbers = rows.data.column(ROW).to_numpy()
-    faults = rows.data.column(FAULT)
-    bad = faults.is_valid().to_numpy()
-    table = LoadedTable(str(path), rows, np.flatnonzero(~bad), numbers)
-    rejects = Rejects(RejectedRows(table, np.flatnonzero(bad), "unreadable row", faults.drop_null()))
-    if not len(table.readable):
-        first = next(iter(rejects), None)
-        raise TableError(f"{path}: no usable row" + (f"; the first: {first.reason}." if first else "."))
-    return table, rejects
+        _write_copy(parts, copy, source)
+    table = Table(source, split, encoding, copy, [part.name for part in parts], [part.folder for part in parts], files)
+    if not len(table):
+        raise TableError(f"{source}: no usable row: it is empty.")
+    return table
 
 
-def _write_arrow(path: Path, read: Callable[[Path], Iterator[dict[str, Any] | BadRow | None]], copy: Path) -> None:
-    """Two passes, so that nothing but a block is in memory: one for the columns' names, one for the rows."""
-    columns: dict[str, None] = {}
-    for row in tqdm(read(path), desc=f"Columns of {path.name}", unit="row"):
-        if isinstance(row, dict):
-            columns.update(dict.fromkeys(row))
-    lists = LISTS if path.suffix.lower() == ".jsonl" else ()  # CSV has none
-    text = {name: pa.list_(pa.string()) if name in lists else pa.string() for name in columns}
-    schema = pa.schema({ROW: pa.int64(), FAULT: pa.string(), **text})
-    rows = (
-        {ROW: number, FAULT: row.reason} if isinstance(row, BadRow) else {ROW: number, **row}
-        for number, row in enumerate(tqdm(read(path), desc=f"Reading {path.name}", unit="row"))
-        if row is not None
-    )
+def _kind(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def _write_copy(parts: list[TablePart], copy: Path, source: str) -> None:
+    types = _types(parts)
+    schema = _schema(types)
     with (
         atomic_write(copy) as place,
         pa.OSFile(str(place), "wb") as stream,
         pa.ipc.new_stream(stream, schema) as writer,
+        tqdm(desc=f"Reading {Path(source).name}", unit="row") as progress,
     ):
-        while block := list(islice(rows, BLOCK)):
-            writer.write_batch(pa.RecordBatch.from_pylist(block, schema=schema))
+        for number, part in enumerate(parts):
+            for block in part.blocks(types):
+                if block.rows:
+                    writer.write_batch(_record(block, number, schema))
+                    progress.update(block.rows)
+
+
+def _types(parts: list[TablePart]) -> Types:
+    """Columns of all parts; one whose types differ is held as text."""
+    types: Types = {}
+    for part in parts:
+        for name, kind in part.types().items():
+            if name in types and types[name] is not None and types[name] != kind:
+                known = types[name]
+                either_is_null = pa.null() in (known, kind)
+                types[name] = (kind if known == pa.null() else known) if either_is_null else None
+            else:
+                types.setdefault(name, kind)
+    return {name: None if kind == pa.null() else kind for name, kind in types.items() if not name.startswith("__")}
+
+
+def _schema(types: Types) -> pa.Schema:
+    """Of a copy."""
+    fields = {name: form.type if (form := form_of(name)) else kind or pa.string() for name, kind in types.items()}
+    if any(name in fields for name in FILE_COLUMNS):
+        fields = {name: kind for name, kind in fields.items() if name not in FILE_COLUMNS} | {"image": IMAGE_TYPE}
+    return pa.schema({PART: pa.int32(), FAULT: pa.string(), **fields})
+
+
+def _record(block: Block, part: int, schema: pa.Schema) -> pa.RecordBatch:
+    columns = dict(block.columns)
+    named = [columns.pop(name) for name in FILE_COLUMNS if name in columns]
+    for pictures in named:
+        given = columns.get("image", pa.nulls(block.rows, IMAGE_TYPE))
+        columns["image"] = pc.if_else(given.is_valid(), given, pictures)
+    faults: list[str | None] = [block.faults.get(row) for row in range(block.rows)] if block.faults else []
+    columns[FAULT] = pa.array(faults, pa.string()) if faults else pa.nulls(block.rows, pa.string())
+    columns[PART] = pa.array(np.full(block.rows, part, dtype=np.int32))
+    return pa.RecordBatch.from_arrays(
+        [columns[one.name] if one.name in columns else pa.nulls(block.rows, one.type) for one in schema], schema=schema
+    )
+
+
+__all__ = ["Reject", "RejectedRows", "Rejects", "Table", "TableError", "open_table", "write_rejects"]

@@ -10,7 +10,7 @@ import math
 import numbers
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -81,8 +81,8 @@ def texts_of(column: pa.Array, names: list[str] | None = None) -> tuple[pa.Array
         (n,) string, null where there is no text; and the rows whose value is none, with the reason.
     """
     if names is not None:
-        return _row_by_row(column, lambda value: _class_name(value, names))
-    column = _unwrapped(column)
+        return each_text(values_of(column), lambda value: class_name(value, names))
+    column = unwrapped(column)
     kind = column.type
     if pa.types.is_null(kind):
         return pa.nulls(len(column), pa.string()), {}
@@ -92,7 +92,7 @@ def texts_of(column: pa.Array, names: list[str] | None = None) -> tuple[pa.Array
         texts = _as_strings(column)
         if texts is not None:
             return _without_blank(texts), {}
-    return _row_by_row(column, plain_text)
+    return each_text(_unboxed(column), plain_text)
 
 
 def values_of(column: pa.Array) -> Iterator[Any]:
@@ -115,10 +115,11 @@ def is_stringlike(kind: pa.DataType) -> bool:
     ) or pa.types.is_fixed_size_binary(kind)
 
 
-def _row_by_row(column: pa.Array, text_of: Callable[[Any], str]) -> tuple[pa.Array, Faults]:
+def each_text(values: Iterable[Any], text_of: Callable[[Any], str]) -> tuple[pa.Array, Faults]:
+    """Texts of values one by one, null for what is empty or blank; and the rows whose value is none."""
     texts: list[str | None] = []
     faults: Faults = {}
-    for row, value in enumerate(_unboxed(column)):
+    for row, value in enumerate(values):
         text = None
         try:
             text = text_of(value)
@@ -137,7 +138,7 @@ def _unboxed(column: pa.Array) -> Iterator[Any]:
     return values_of(column)
 
 
-def _unwrapped(column: pa.Array) -> pa.Array:
+def unwrapped(column: pa.Array) -> pa.Array:
     """Without dictionary and extension types."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -186,7 +187,12 @@ def _binary_type(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _class_name(value: Any, names: list[str]) -> str:
+def class_name(value: Any, names: list[str]) -> str:
+    """Name of a class by its number; "" for none.
+
+    Raises:
+        CellError: for what is no number of a class.
+    """
     if is_missing(value):
         return ""
     number = int(value) if isinstance(value, numbers.Integral) else len(names)
@@ -206,7 +212,7 @@ def _valid(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise CellError(f"not valid Unicode (half of a surrogate pair at character {error.start})") from error
+        raise CellError(f"not valid Unicode: half of a surrogate pair at character {error.start}") from error
     return text
 
 
@@ -214,7 +220,7 @@ def _decoded(content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise CellError(f"not UTF-8 (byte 0x{content[error.start]:02x} at {error.start})") from error
+        raise CellError(f"not UTF-8: byte 0x{content[error.start]:02x} at {error.start}") from error
 
 
 def _kind(value: Any) -> str:

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from training.tables.commands import plain_console
-from training.tables.items import ItemTable, MatchedPairs, load_items, match_pairs
-from training.tables.reading import RejectedRows, Rejects, write_rejects
+from training.tables.items import ItemTable, load_items
+from training.tables.pairs import PAIR_IDS, MatchedPairs, match_pairs
+from training.tables.rejects import RejectedRows, Rejects, write_rejects
 
 
-IDS = ("query_id", "target_id")
 REPEATED = "the pair occurs twice"
 LEAKED = "a test item is seen in training"
 
@@ -31,6 +31,8 @@ def validate(
     eval_split: str | None = None,
     num_workers: int = 0,
     console: Console | None = None,
+    split: str | None = None,
+    encoding: str | None = None,
 ) -> dict[str, int]:
     """Check all tables, list the faults in `output`/rejects.jsonl and print the figures.
 
@@ -40,6 +42,8 @@ def validate(
         items, train_pairs, eval_pairs: the tables; without `eval_pairs` nothing can leak.
         eval_split: items whose column `split` says this are the test items; without it, those of `eval_pairs` are.
         num_workers: processes that open images.
+        split: of `items`.
+        encoding: of all tables, as of `training.tables.reading.open_table`.
 
     Returns:
         Counts under "items", "train_pairs", "eval_pairs" (usable rows), "test_items_in_training" and "<table>: <reason>".
@@ -47,12 +51,12 @@ def validate(
     Raises:
         TableError: when a table can't be used at all.
     """
-    table, rejects = load_items(items, check_images=True, num_workers=num_workers)
-    train = match_pairs(train_pairs, table)
+    table, rejects = load_items(items, split, True, num_workers, encoding)
+    train = match_pairs(train_pairs, table, encoding=encoding)
     figures = {"items": len(table), "train_pairs": len(train.pairs)}
     test: MatchedPairs | None = None
     if eval_pairs is not None:
-        test = match_pairs(eval_pairs, table)
+        test = match_pairs(eval_pairs, table, encoding=encoding)
         figures["eval_pairs"] = len(test.pairs)
     found = [rejects, train.rejects, repeated_pairs(train, len(table))]
     if test is not None:
@@ -60,7 +64,9 @@ def validate(
     held_out = _test_items(table, test, eval_split)
     leaked = held_out & _marked(train.pairs, len(table))
     figures["test_items_in_training"] = int(leaked.sum())
-    found.append(Rejects(RejectedRows(train.table, train.rows[leaked[train.pairs].any(1)], LEAKED, id_columns=IDS)))
+    found.append(
+        Rejects(RejectedRows(train.table, train.rows[leaked[train.pairs].any(1)], LEAKED, id_columns=PAIR_IDS))
+    )
 
     write_rejects(chain.from_iterable(found), output / "rejects.jsonl")
     counted: Counter[tuple[str, str]] = sum((rejects.counts() for rejects in found), Counter())
@@ -76,7 +82,7 @@ def repeated_pairs(matched: MatchedPairs, num_items: int) -> Rejects:
     rows = np.flatnonzero(np.isin(keys, twice))
     order = rows[np.argsort(keys[rows], kind="stable")]
     later = np.sort(order[1:][keys[order[1:]] == keys[order[:-1]]])
-    return Rejects(RejectedRows(matched.table, matched.rows[later], REPEATED, id_columns=IDS))
+    return Rejects(RejectedRows(matched.table, matched.rows[later], REPEATED, id_columns=PAIR_IDS))
 
 
 def show(figures: Mapping[str, int], counted: Mapping[tuple[str, str], int], path: Path, console: Console) -> None:

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from training.tables.images import image_hash, map_items
 from training.tables.items import ItemTable, PairTable
-from training.tables.reading import arrow_blocks
 
 
 TEXT_FIELDS = ("title", "topics", "content")
@@ -165,7 +164,7 @@ def text_hashes(items: ItemTable) -> np.ndarray:
     """(n,) int64 hash of each item's title, topics and content, equal for equal ones; -1 for an item without text."""
     hashes = np.full(len(items.table), -1, dtype=np.int64)
     columns = [name for name in TEXT_FIELDS if name in items.table.column_names]
-    for start, block in tqdm(arrow_blocks(items.table, columns) if columns else (), desc="Hashing texts", unit="block"):
+    for start, block in tqdm(items.table.blocks(columns) if columns else (), desc="Hashing texts", unit="block"):
         combined = np.zeros(len(block), dtype=np.uint64)
         filled = np.zeros(len(block), dtype=bool)
         for name in columns:

@@ -10,7 +10,6 @@ from torch.utils.data import Sampler
 
 from modeling_notellm2.prompts_notellm2 import FieldLimits
 from training.tables.items import ItemTable, PairTable
-from training.tables.reading import arrow_blocks
 
 
 CHARACTERS_PER_TOKEN = 2
@@ -159,7 +158,7 @@ def item_lengths(items: ItemTable, limits: FieldLimits, image_tokens: int) -> np
     }
     lengths = np.zeros(len(items.table), dtype=np.int32)
     columns = [name for name in (*most, "image") if name in items.table.column_names]
-    for start, block in arrow_blocks(items.table, columns):
+    for start, block in items.table.blocks(columns):
         here = lengths[start : start + len(block)]
         for name in columns:
             column = block[name].combine_chunks()

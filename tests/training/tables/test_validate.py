@@ -57,10 +57,10 @@ def test_every_fault_is_counted_and_listed(tables, capsys):
         "train_pairs": 5,
         "eval_pairs": 3,
         "test_items_in_training": 2,
-        f"{items}: item_id occurs twice": 1,
-        f"{items}: none of title, topics, content, image is filled": 1,
+        f"{items}: item_id stands in an earlier row": 1,
+        f"{items}: neither text nor image": 1,
         f"{items}: unreadable image": 1,
-        f"{items}: item_id is empty": 1,
+        f"{items}: item_id is missing": 1,
         f"{train}: query and target are one item": 1,
         f"{train}: not among the usable items: target": 1,
         f"{train}: not among the usable items: query and target": 1,
@@ -71,7 +71,11 @@ def test_every_fault_is_counted_and_listed(tables, capsys):
     }
     rejects = [json.loads(line) for line in (tables / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == sum(figures.values()) - 10 - 5 - 3 - 2
-    listed = Counter((reject["table"], reject["row"]) for reject in rejects if "twice" in reject["reason"])
+    listed = Counter(
+        (reject["table"], reject["row"])
+        for reject in rejects
+        if "twice" in reject["reason"] or "earlier" in reject["reason"]
+    )
     assert listed == {(items, 10): 1, (train, 2): 1, (train, 6): 1, (test, 2): 1}
     leaked = {reject["row"]: reject["ids"] for reject in rejects if "test item" in reject["reason"]}
     assert leaked[5] == ["i4", "i8"]

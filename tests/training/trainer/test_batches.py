@@ -2,11 +2,8 @@
 
 import io
 import json
-from pathlib import Path
 
-import datasets
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -27,15 +24,13 @@ def png(number: int) -> bytes:
 def make_items(count: int, broken: tuple[int, ...] = (), silent: tuple[int, ...] = ()) -> ItemTable:
     """Items with picture and title; those in `broken` have a cut picture, those in `silent` no title."""
     pictures = [png(number)[:40] if number in broken else png(number) for number in range(count)]
-    rows = datasets.Dataset.from_dict(
-        {
-            "item_id": [f"i{number}" for number in range(count)],
-            "title": [None if number in silent else f"title {number}" for number in range(count)],
-            "image": [{"bytes": picture, "path": None} for picture in pictures],
-        }
+    titles = [None if number in silent else f"title {number}" for number in range(count)]
+    return ItemTable.of(
+        [
+            {"item_id": f"i{number}", "title": title, "image": picture}
+            for number, (title, picture) in enumerate(zip(titles, pictures, strict=True))
+        ]
     )
-    ids = pa.array(rows["item_id"][:], pa.large_string())
-    return ItemTable(rows, ids, np.arange(count), Path())
 
 
 @pytest.mark.parametrize("lengths", [None, np.random.default_rng(1).integers(1, 100, 60)])

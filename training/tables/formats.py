@@ -1,0 +1,280 @@
+"""The kinds of files, each as a stream of Arrow tables of bounded size with the faults of their rows.
+
+Whatever breaks in a file costs the rows that it touches: a line of text, a cell, the rest of a damaged row group of Parquet.
+"""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from training.tables.columns import Classes, arrow_column, cells_column, own_type, reason_of
+from training.tables.lines import BadRow, Row, csv_header, read_csv, read_json
+from training.tables.rejects import TableError
+from training.tables.sources import TableFile, TableSplit, file_sha256
+from training.tables.texts import Faults
+
+
+MOST_ROWS = 10_000
+MOST_BYTES = 32 * 2**20
+"""Of a block. Rows with pictures are so few at once that no offset of 32 bits overflows."""
+PROBE = 16
+"""Rows of a Parquet file that are read to see how large they are."""
+EMPTY_LINE = ""
+"""The fault of a line that has nothing: no row, and no reject."""
+
+Types = dict[str, pa.DataType | None]
+"""Columns in their order; the type of the user's own, None: held as text."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a file.
+
+    Attributes:
+        rows: how many.
+        columns: by name, each with `rows` values in the form of its name.
+        faults: reasons of the rows that can't be used.
+    """
+
+    rows: int
+    columns: dict[str, pa.Array]
+    faults: Faults
+
+
+class TablePart(Protocol):
+    """One file or split, opened."""
+
+    name: str
+    folder: Path
+
+    @abstractmethod
+    def types(self) -> Types:
+        """Its columns."""
+
+    @abstractmethod
+    def blocks(self, types: Types) -> Iterator[Block]:
+        """All rows, in order.
+
+        Args:
+            types: of the whole table, by which the user's own columns are held.
+        """
+
+    @abstractmethod
+    def sha256(self) -> str:
+        """Of the content."""
+
+
+def open_part(part: TableFile | TableSplit, encoding: str | None) -> TablePart:
+    """Opens a file or split.
+
+    Raises:
+        TableError: when it is no file of its kind.
+    """
+    if isinstance(part, TableSplit):
+        return SavedPart(part)
+    suffix = part.path.suffix.lower()
+    if suffix == ".parquet":
+        return ParquetPart(part.path, part.name, part.folder)
+    return TextPart(part.path, part.name, part.folder, encoding)
+
+
+@dataclass
+class TextPart:
+    """A CSV or JSON lines file."""
+
+    path: Path
+    name: str
+    folder: Path
+    encoding: str | None
+
+    def types(self) -> Types:
+        """The header's names; in JSON lines the keys of all objects, for which they are read once."""
+        if self._is_csv:
+            names = csv_header(self.path, self.encoding)
+            if len(set(names)) < len(names):
+                raise TableError(f"{self.path}: two columns have one name in {', '.join(names)}.")
+            return dict.fromkeys(names)
+        keys: Types = {}
+        for row in read_json(self.path, self.encoding):
+            if isinstance(row, dict):
+                keys.update(dict.fromkeys(row))
+        return keys
+
+    def blocks(self, types: Types) -> Iterator[Block]:
+        """Blocks of rows, cut by their characters."""
+        waiting: list[Row] = []
+        size = 0
+        for row in self._rows():
+            waiting.append(row)
+            size += sum(map(_size, row.values())) if isinstance(row, dict) else 1
+            if len(waiting) == MOST_ROWS or size > MOST_BYTES:
+                yield self._block(waiting, types)
+                waiting, size = [], 0
+        if waiting:
+            yield self._block(waiting, types)
+
+    def sha256(self) -> str:
+        """Of the file."""
+        return file_sha256(self.path)
+
+    @property
+    def _is_csv(self) -> bool:
+        return self.path.suffix.lower() == ".csv"
+
+    def _rows(self) -> Iterator[Row]:
+        return (read_csv if self._is_csv else read_json)(self.path, self.encoding)
+
+    def _block(self, rows: list[Row], types: Types) -> Block:
+        cells = [row if isinstance(row, dict) else {} for row in rows]
+        faults: Faults = {}
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                faults[number] = row.reason if isinstance(row, BadRow) else EMPTY_LINE
+        columns = {}
+        for name in types:
+            columns[name], broken = cells_column(name, [row.get(name) for row in cells])
+            _add(faults, broken, name)
+        return Block(len(rows), columns, faults)
+
+
+@dataclass
+class ParquetPart:
+    """A Parquet file, mapped."""
+
+    path: Path
+    name: str
+    folder: Path
+    classes: Classes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.classes = classes_of(self._file.schema_arrow)
+
+    def types(self) -> Types:
+        """From the file's schema."""
+        return _own_types(self._file.schema_arrow, self.classes)
+
+    def blocks(self, types: Types) -> Iterator[Block]:
+        """Row group by row group, in batches whose size follows what the rows before took."""
+        row_bytes = 1.0
+        for group in range(self._file.num_row_groups):
+            metadata = self._file.metadata.row_group(group)
+            row_bytes = max(row_bytes, metadata.total_byte_size / max(metadata.num_rows, 1))
+            done = 0
+            try:
+                if done == 0 and metadata.num_rows:
+                    probe = next(self._file.iter_batches(PROBE, [group], use_threads=False))
+                    row_bytes = max(row_bytes, probe.nbytes / len(probe))
+                size = int(min(max(MOST_BYTES / row_bytes, 1), MOST_ROWS))
+                for batch in self._file.iter_batches(size, [group], use_threads=False):
+                    yield from self._cut(batch, types)
+                    done += len(batch)
+                    row_bytes = max(row_bytes, batch.nbytes / max(len(batch), 1))
+            except (OSError, pa.ArrowException) as error:
+                yield _lost(metadata.num_rows - done, f"the Parquet file is damaged here ({error})")
+
+    def sha256(self) -> str:
+        """Of the file."""
+        return file_sha256(self.path)
+
+    def _cut(self, batch: pa.RecordBatch, types: Types) -> Iterator[Block]:
+        """A batch in pieces of about `MOST_BYTES`."""
+        pieces = max(1, -(-batch.nbytes // MOST_BYTES))
+        size = max(1, len(batch) // pieces)
+        for start in range(0, len(batch), size):
+            piece = batch.slice(start, size)
+            yield _arrow_block(
+                dict(zip(piece.schema.names, piece.columns, strict=True)), len(piece), types, self.classes
+            )
+
+    @cached_property
+    def _file(self) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self.path, memory_map=True, pre_buffer=False, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            raise TableError(f"{self.path}: not a readable Parquet file ({error}).") from error
+
+
+@dataclass
+class SavedPart:
+    """A split of a data set, which `datasets` has mapped already."""
+
+    split: TableSplit
+
+    def __post_init__(self) -> None:
+        self.name, self.folder = self.split.name, self.split.folder
+        self.schema: pa.Schema = self.split.dataset.features.arrow_schema
+        self.classes = classes_of(self.schema)
+
+    def types(self) -> Types:
+        """From the data set's features."""
+        return _own_types(self.schema, self.classes)
+
+    def blocks(self, types: Types) -> Iterator[Block]:
+        """Blocks of rows, the first one small, to see how large they are."""
+        dataset = self.split.dataset.with_format("arrow")
+        start, size = 0, PROBE
+        while start < len(dataset):
+            table = dataset[start : start + size]
+            columns = {name: _joined(table.column(name)) for name in table.column_names}
+            yield _arrow_block(columns, len(table), types, self.classes)
+            start += len(table)
+            size = int(min(max(MOST_BYTES * len(table) / max(table.nbytes, 1), 1), MOST_ROWS))
+
+    def sha256(self) -> str:
+        """Of the files that hold it and of how its rows are chosen from them."""
+        files = [file_sha256(Path(file["filename"])) for file in self.split.dataset.cache_files]
+        return hashlib.sha256("".join([*files, str(self.split.dataset._fingerprint)]).encode()).hexdigest()
+
+
+def classes_of(schema: pa.Schema) -> Classes:
+    """Names of classes by column, which `datasets` keeps in a schema's metadata."""
+    described = (schema.metadata or {}).get(b"huggingface")
+    if not described:
+        return {}
+    features: dict[str, Any] = json.loads(described).get("info", {}).get("features") or {}
+    classes = {}
+    for name, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+            classes[name] = inner["names"]
+    return classes
+
+
+def _own_types(schema: pa.Schema, classes: Classes) -> Types:
+    return {
+        name: None if name in classes else own_type(schema.field(name).type) for name in dict.fromkeys(schema.names)
+    }
+
+
+def _arrow_block(columns: dict[str, pa.Array], rows: int, types: Types, classes: Classes) -> Block:
+    made, faults = {}, Faults()
+    for name, column in columns.items():
+        made[name], broken = arrow_column(name, column, types[name], classes.get(name))
+        _add(faults, broken, name)
+    return Block(rows, made, faults)
+
+
+def _lost(rows: int, reason: str) -> Block:
+    return Block(rows, {}, dict.fromkeys(range(rows), f"unreadable row: {reason}"))
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    joined = column.combine_chunks()
+    return pa.concat_arrays(joined.chunks) if isinstance(joined, pa.ChunkedArray) else joined
+
+
+def _add(faults: Faults, broken: Faults, name: str) -> None:
+    for row, reason in broken.items():
+        faults.setdefault(row, reason_of(name, reason))
+
+
+def _size(cell: Any) -> int:
+    return len(cell) if isinstance(cell, str) else sum(map(_size, cell)) if isinstance(cell, Iterable) else 8

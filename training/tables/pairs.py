@@ -1,0 +1,139 @@
+"""Pair tables as positions in an item table: what training, evaluation and mining of negatives read.
+
+In memory are two positions of 4 bytes for each pair.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from training.tables.reading import Table, open_table
+from training.tables.rejects import RejectedRows, Rejects, TableError
+
+
+if TYPE_CHECKING:
+    from training.tables.items import ItemTable
+
+PAIR_IDS = ("query_id", "target_id")
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Pairs as positions in an item table.
+
+    Attributes:
+        pairs: (n, 2) int32, query and target.
+        groups: (n,) int32 code of each pair's `distinct_column`, if asked for; -1 where it is empty.
+        negatives: (n, k) int32 hard negatives of each pair, if the table has columns negative_1 .. negative_k.
+    """
+
+    pairs: np.ndarray
+    groups: np.ndarray | None = None
+    negatives: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def members(self) -> np.ndarray:
+        """(n, 2 + k) int32: query, target, hard negatives."""
+        return self.pairs if self.negatives is None else np.concatenate([self.pairs, self.negatives], axis=1)
+
+
+@dataclass(frozen=True)
+class MatchedPairs:
+    """A pair table held against an item table: `pairs` (m, 2) int32, its `rows` (m,) int64, and what was left out."""
+
+    table: Table
+    rows: np.ndarray
+    pairs: np.ndarray
+    rejects: Rejects
+
+
+def pair_positions(source: str, items: "ItemTable", encoding: str | None = None) -> np.ndarray:
+    """(rows, 2) int32 positions of each row's query and target among `items`; -1 for another item, and for no row.
+
+    Raises:
+        TableError: when there is no such table or a column is missing.
+    """
+    return _positions(open_table(source, encoding=encoding), items)
+
+
+def _positions(table: Table, items: "ItemTable") -> np.ndarray:
+    table.require(PAIR_IDS)
+    positions = np.stack([items.item_ids.positions(table.column(name)) for name in PAIR_IDS], axis=1)
+    positions[table.unreadable(PAIR_IDS)[0]] = -1
+    return positions
+
+
+def match_pairs(source: str, items: "ItemTable", split: str | None = None, encoding: str | None = None) -> MatchedPairs:
+    """Find the members of each pair; pairs whose members are not in `items`, or are one item, are rejected.
+
+    Args:
+        source, split, encoding: as of `training.tables.reading.open_table`.
+
+    Raises:
+        TableError: when a column is missing or no pair is usable.
+    """
+    table = open_table(source, split, encoding)
+    pairs = _positions(table, items)
+    unreadable, rejects = table.unreadable(PAIR_IDS)
+    known = pairs >= 0
+    reasons = {
+        "not among the usable items: query and target": ~known.any(1),
+        "not among the usable items: query": ~known[:, 0] & known[:, 1],
+        "not among the usable items: target": known[:, 0] & ~known[:, 1],
+        "query and target are one item": known.all(1) & (pairs[:, 0] == pairs[:, 1]),
+    }
+    for reason, wrong in reasons.items():
+        rejects += Rejects(RejectedRows(table, np.flatnonzero(wrong & ~unreadable), reason, id_columns=PAIR_IDS))
+    usable = known.all(1) & (pairs[:, 0] != pairs[:, 1])
+    if not usable.any():
+        first = next(iter(rejects), None)
+        raise TableError(
+            f"{source}: none of {len(table)} pairs is usable"
+            + (f"; the first: {first.reason}. Does it belong to the item table?" if first else ".")
+        )
+    return MatchedPairs(table, np.flatnonzero(usable), pairs[usable], rejects)
+
+
+def load_pairs(
+    source: str,
+    items: "ItemTable",
+    split: str | None = None,
+    distinct_column: str | None = None,
+    seed: int = 0,
+    encoding: str | None = None,
+) -> tuple[PairTable, Rejects]:
+    """Read a pair table, with the hard negatives of its columns negative_1 .. negative_k where it has them.
+
+    A hard negative that is empty or not among the items gives its place to an item drawn from the table's pairs, so
+    that all batches have one shape.
+
+    Args:
+        source, split, encoding: as of `training.tables.reading.open_table`.
+        distinct_column: becomes `PairTable.groups`.
+        seed: of the negatives that are drawn.
+
+    Raises:
+        TableError: when a column is missing or no pair is usable.
+    """
+    matched = match_pairs(source, items, split, encoding)
+    table, rows = matched.table, matched.rows
+    groups = negatives = None
+    if distinct_column is not None:
+        table.require([distinct_column])
+        values = table.texts(distinct_column).take(pa.array(rows)).combine_chunks()
+        groups = pc.fill_null(values.dictionary_encode().indices, -1).to_numpy()
+    names = [
+        name for number in range(1, len(table.column_names)) if (name := f"negative_{number}") in table.column_names
+    ]
+    if names:
+        negatives = np.stack([items.item_ids.positions(table.column(name))[rows] for name in names], axis=1)
+        empty = negatives < 0
+        drawn = np.random.default_rng(seed).integers(matched.pairs.size, size=int(empty.sum()))
+        negatives[empty] = matched.pairs.reshape(-1)[drawn]
+    return PairTable(matched.pairs, groups, negatives), matched.rejects

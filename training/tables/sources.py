@@ -1,0 +1,185 @@
+"""What a user's word for a table stands for: a file, all files of a folder, a saved data set, or a data set of the Hub.
+
+Local tables never ask the network. What can't be found is said at once, and the Hub is asked only for what can be an id of
+it and is no mistyped path.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from training.tables.files import write_json
+from training.tables.rejects import TableError
+
+
+SUFFIXES = (".parquet", ".jsonl", ".csv")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in files' names that stand for a split, as in `datasets`."""
+SETTLED = 2.0
+"""Seconds after which a change of a file is sure to change its times."""
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One file of a table.
+
+    Attributes:
+        path: of the file.
+        name: as messages call it: relative to the table's folder.
+        folder: where relative paths of its pictures start.
+    """
+
+    path: Path
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class TableSplit:
+    """One split of a data set, mapped by `datasets`."""
+
+    dataset: datasets.Dataset
+    name: str
+    folder: Path = Path()
+
+
+def cache_folder() -> Path:
+    """Where copies of tables lie: in the cache of `datasets`."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "notellm2_tables"
+
+
+def parts_of(source: str, split: str | None = None) -> list[TableFile] | list[TableSplit]:
+    """The files or splits of a table.
+
+    Args:
+        source: a .parquet, .jsonl or .csv file; a folder of such files, or an image folder with metadata files, in both of
+            which everything below counts but what is hidden or begins with "_"; a folder that `save_to_disk` wrote; a data set
+            of the Hub, ORG/DATA or ORG/DATA:CONFIG.
+        split: of a data set, or of a folder by its files' names; None: all. A data set that has a single one gives that.
+
+    Raises:
+        TableError: when there is no such table or split.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise TableError(f"{source}: a table is a {', '.join(SUFFIXES)} file, a folder, or a Hub data set id.")
+        return [TableFile(path, path.name, path.parent)]
+    if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _splits(source, _loaded(source, lambda: datasets.load_from_disk(source)), split)
+        files = _files_of(path)
+        return files if split is None else _files_of_split(source, files, split)
+    if _is_path(source):
+        raise TableError(f"{source}: no such table.")
+    return _hub_splits(source, split)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, noted beside the copies for a file that nothing has touched since."""
+    state = path.stat()
+    identity = [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+    note = (
+        cache_folder() / "hashes" / f"{hashlib.blake2b(os.fsencode(path.resolve()), digest_size=16).hexdigest()}.json"
+    )
+    if note.is_file():
+        noted = json.loads(note.read_text())
+        if noted["identity"] == identity:
+            return noted["sha256"]
+    begun = time.time()
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if (
+        max(state.st_mtime, state.st_ctime) < begun - SETTLED
+    ):  # else a change right now could leave the times as they are
+        write_json({"identity": identity, "sha256": digest}, note)
+    return digest
+
+
+def _is_path(source: str) -> bool:
+    """Whether a name that doesn't exist was meant as a path."""
+    head = source.split("/")[0]
+    return (
+        Path(source).suffix.lower() in SUFFIXES
+        or not HUB_ID.fullmatch(source)
+        or head in (".", "..", "~")
+        or ("/" in source and Path(head).exists())
+    )
+
+
+def _files_of(folder: Path) -> list[TableFile]:
+    """An image folder's metadata files, or else all tables."""
+    shown = list(_shown(folder))
+    metadata = [file for file in shown if file.stem == "metadata"]
+    if not shown:
+        raise TableError(
+            f"{folder}: no Parquet file and no metadata.csv, .jsonl or .parquet of an image folder in it, nor any other "
+            f"{', '.join(SUFFIXES)} file."
+        )
+    return [
+        TableFile(file, file.relative_to(folder).as_posix(), file.parent if metadata else folder)
+        for file in metadata or shown
+    ]
+
+
+def _shown(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        for name in sorted(names):
+            path = Path(place) / name
+            if not name.startswith((".", "_")) and path.suffix.lower() in SUFFIXES and path.is_file():
+                yield path
+
+
+def _files_of_split(source: str, files: list[TableFile], split: str) -> list[TableFile]:
+    words = next((words for words in SPLITS.values() if split in words), (split,))
+    named = re.compile(rf"(?:^|[-._ /0-9])(?:{'|'.join(map(re.escape, words))})(?:$|[-._ /0-9])")
+    chosen = [file for file in files if named.search(file.name.lower())]
+    if not chosen:
+        names = ", ".join(file.name for file in files[:10])
+        raise TableError(f"{source}: no split '{split}': no file's name has that word; there are {names}.")
+    return chosen
+
+
+def _hub_splits(source: str, split: str | None) -> list[TableSplit]:
+    name, _, config = source.partition(":")
+
+    def load() -> Any:
+        wanted = split
+        if wanted is not None and "[" not in wanted:
+            names = datasets.get_dataset_split_names(name, config or None)
+            wanted = names[0] if len(names) == 1 else wanted
+        return datasets.load_dataset(name, config or None, split=wanted)
+
+    return _splits(source, _loaded(source, load), split)
+
+
+def _loaded(source: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise TableError(
+            f"{source}: neither a file or folder nor a data set that can be loaded ({reason:.300})."
+        ) from error
+
+
+def _splits(source: str, loaded: Any, split: str | None) -> list[TableSplit]:
+    if not isinstance(loaded, dict):
+        return [TableSplit(loaded, split or str(loaded.split or "train"))]
+    if split is not None and split not in loaded:
+        raise TableError(f"{source}: no split '{split}'; there are {', '.join(loaded)}.")
+    return [TableSplit(dataset, name) for name, dataset in loaded.items() if split in (None, name)]

@@ -13,7 +13,7 @@ from modeling_notellm2 import ItemError
 from modeling_notellm2 import images_notellm2 as images
 from modeling_notellm2.images_notellm2 import load_image
 from tests.support.models import make_image_processor, make_model
-from training.tables.images import image_fault, read_encoded
+from training.tables.images import faults_of_pictures, read_encoded
 from training.trainer.batches import ItemCollator
 
 
@@ -163,7 +163,7 @@ def test_a_fifo_is_not_waited_for(tmp_path):
             read(path)
     link = tmp_path / "link.png"
     link.symlink_to(path)
-    assert "not a regular file" in image_fault({"image": str(link)})
+    assert "not a regular file" in faults_of_pictures({"image": str(link)})[0]
 
 
 FORMATS = [
@@ -219,7 +219,7 @@ def test_whatever_a_decoder_raises_is_an_item_error():
                 changed[at] = generator.integers(0, 256)
             broken.append(bytes(changed))
         for source in broken:
-            image_fault({"image": source})  # raises nothing
+            faults_of_pictures({"image": source})  # raises nothing
             try:
                 assert load_image(source).mode == "RGB"
             except ItemError:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from modeling_notellm2.images_notellm2 import check_regular_file, image_sources, load_image
+from modeling_notellm2.images_notellm2 import MAX_PIXELS, check_regular_file, image_sources, load_image
 from modeling_notellm2.prompts_notellm2 import ItemError
 
 
@@ -71,6 +71,8 @@ def _fault(source: Any) -> str | None:
         encoded = read_encoded(source)
         if isinstance(encoded, bytes):
             with Image.open(io.BytesIO(encoded)) as opened:
+                if not 0 < opened.width * opened.height <= MAX_PIXELS:
+                    load_image(encoded)  # says so
                 opened.draft("RGB", (64, 64))  # JPEG at low resolution: cheap, and still reads the whole file
                 opened.load()
         else:

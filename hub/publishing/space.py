@@ -24,8 +24,8 @@ from hub.publishing.sending import Publication
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("hub", "modeling_notellm2", "training")
-EXTRA = "encode"
-"""Optional dependencies of pyproject.toml that the app needs; Gradio comes with the Space."""
+GROUP = "encode"
+"""Dependency group of pyproject.toml that the app needs; Gradio comes with the Space."""
 START = """# Starts the app with this Space's model, indexes and items.
 from hub.app import main
 
@@ -110,8 +110,9 @@ def index_files(folder: Path, name: str, staging: Path) -> dict[str, Path]:
 
 def texts(details: SpaceDetails, options: dict[str, str]) -> dict[str, str]:
     """The Space's own files: entry point, requirements and README with the settings that the Hub reads."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"][EXTRA], "huggingface_hub"]
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = content["project"]
+    requirements = [*project["dependencies"], *content["dependency-groups"][GROUP], "huggingface_hub"]
     settings = {
         "title": "Related items",
         "sdk": "gradio",

@@ -232,9 +232,7 @@ def _distinct(rows: Iterable[Row]) -> int:
 def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            f"The emoji items need the package {package}: pip install 'notellm2[demo]'", name=package
-        )
+        raise ModuleNotFoundError(f"The emoji items need the package {package}: make demo installs it", name=package)
     return Path(spec.origin).parent
 
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from gradio_client.exceptions import AppError
 from PIL import Image
+from playwright.sync_api import Page
 
 from hub.app import EMPTY
 from hub.catalogue.item_tables import open_items
 from hub.pages.app_search import QueryError, open_search, positions_of_ids
-from tests.support.browser import Browser
+from tests.support.browser import open_page
 from tests.support.catalogue import make_items, read_shards, vectors, write_items
 
 
@@ -173,10 +174,9 @@ def test_hostile_text_stays_text(server, client, browser, stored):
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    one = Browser(tmp_path_factory.mktemp("profile"))
-    yield one
-    one.close()
+def browser():
+    with open_page() as page:
+        yield page
 
 
 STATUS = "document.querySelector('#status textarea')?.value"
@@ -184,10 +184,10 @@ CAPTIONS = "[...document.querySelectorAll('#neighbours .caption-label')].map(one
 PICTURES = "[...document.querySelectorAll('#neighbours img')]"
 
 
-def open_item(browser: Browser, server: str, item_id: str) -> str:
+def open_item(browser: Page, server: str, item_id: str) -> str:
     """Opens the app with an item and waits for its neighbours; their captions."""
-    browser.go(f"{server}/?item={item_id}")
-    browser.wait(
+    browser.goto(f"{server}/?item={item_id}")
+    browser.wait_for_function(
         f"{STATUS}?.includes('compared by') && {PICTURES}.length == 12 && {PICTURES}.every(one => one.naturalWidth)"
     )
     return "\n".join(browser.evaluate(CAPTIONS))
@@ -201,17 +201,19 @@ def test_the_page_shows_neighbours_in_a_real_browser(server, browser, search, tm
     names = [make_items(70)[int(hit.item_id[1:])] for hit in hits]
     lines = [f"{hit.score:.3f} {one['title'] or one['content']}" for hit, one in zip(hits, names, strict=True)]
     assert [line.replace("  ", " ") for line in shown.splitlines()] == lines
-    browser.screenshot(tmp_path / "page.png")
+    browser.screenshot(path=tmp_path / "page.png")
     assert len(set(Image.open(tmp_path / "page.png").convert("RGB").resize((70, 65)).get_flattened_data())) > 100
 
     browser.evaluate("document.querySelector('#use_text input').click()")
-    browser.wait(f"{STATUS}.includes('by picture:')")
-    browser.wait(f"{CAPTIONS}.join() != {json.dumps(','.join(shown.splitlines()))}")
+    browser.wait_for_function(f"{STATUS}.includes('by picture:')")
+    browser.wait_for_function(f"{CAPTIONS}.join() != {json.dumps(','.join(shown.splitlines()))}")
     browser.evaluate("document.querySelector('#use_image input').click()")
-    browser.wait(f"{STATUS} == {json.dumps(EMPTY)} && {PICTURES}.length == 0")
+    browser.wait_for_function(f"{STATUS} == {json.dumps(EMPTY)} && {PICTURES}.length == 0")
 
     browser.evaluate("document.querySelectorAll('#samples button.thumbnail-item')[3].click()")
-    browser.wait(f"document.querySelector('#item_id textarea').value == {json.dumps(search.sample(24)[3])}")
+    browser.wait_for_function(
+        f"document.querySelector('#item_id textarea').value == {json.dumps(search.sample(24)[3])}"
+    )
 
 
 def test_a_second_start_builds_nothing_and_another_index_is_refused(

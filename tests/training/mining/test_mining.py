@@ -14,6 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.machine import require_java
 from training.mine import Mined, mine, parse_time, write_rejects
 from training.mining.cooccurrence import UNIT, MiningArguments, MiningError, check_rows
 from training.mining.engines import kept, opened, read_log
@@ -104,6 +105,7 @@ def spark():
     """One session for the whole file, as small as it gets; `mine` finds and uses it."""
     from pyspark.sql import SparkSession
 
+    require_java()
     builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
     for option in ("spark.sql.adaptive.enabled", "spark.sql.codegen.wholeStage", "spark.ui.showConsoleProgress"):
         builder = builder.config(option, "false")  # they pay off in large jobs only

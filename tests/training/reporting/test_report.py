@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+from tests.support.browser import open_page
 from training.evaluation.embed import evaluate
 from training.evaluation.evidence import evaluate_whole
 from training.report import headline, write_report
@@ -174,14 +175,9 @@ def test_nothing_from_outside_and_no_text_is_markup(finished):
 @pytest.mark.parametrize("width", [1200, 420])
 def test_it_comes_out_in_a_browser(finished, tmp_path, width):
     picture = tmp_path / "page.png"
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += [f"--user-data-dir={tmp_path}", "--hide-scrollbars", f"--window-size={width},3000"]
-    subprocess.run(
-        [*command, f"--screenshot={picture}", (finished / "report.html").as_uri()],
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    with open_page(width, 3000) as page:
+        page.goto((finished / "report.html").as_uri())
+        page.screenshot(path=picture)
     colours = Image.open(picture).convert("RGB").getcolors(1 << 24)
     assert len(colours) > 1000
     assert max(count for count, _ in colours) < 0.9 * width * 3000

@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Playwright
 
 from training.mining.cooccurrence import MiningError
-from training.mining.engines import provide_java
+from training.mining.java import provide_java
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

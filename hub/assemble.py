@@ -6,6 +6,8 @@ LLM and ENCODER are ids or folders for transformers' Auto classes, or the names 
 defaults: smollm2-135m and efficientnet-lite0. DIR gets model, processor, their code, and assembly.json with the options.
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import re
 import sys
 from collections.abc import Sequence

@@ -7,6 +7,8 @@ says that nothing was measured. sentence-transformers writes a README.md of its 
 that one, as one written by hand, is kept unless --replace is given.
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import shutil
 import sys
 from collections.abc import Mapping, Sequence

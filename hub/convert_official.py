@@ -8,6 +8,8 @@ sizes and flags, as in `tests/reference/official/*/config.json`. Both of the res
 (`text_config` as in Qwen-7B's config.json, with `"model_type": "qwen"`), which becomes a Qwen2 (see `hub/backbones/qwen.py`).
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import json
 import pickle
 import re

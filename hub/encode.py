@@ -11,6 +11,8 @@ which must all see ITEMS and PATH.
 Exit code: 0 all rows encoded; 3 finished, with rows in rejects.parquet; 1 failed; 2 wrong options.
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import hashlib
 import os
 import sys

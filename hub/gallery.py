@@ -7,6 +7,8 @@ visual embedding of a model with mICL. With --label_column neighbours of the que
 true partners. Rows of ITEMS that can't be used are listed in FILE.rejects.jsonl.
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import dataclasses
 import json
 import random

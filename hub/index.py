@@ -10,6 +10,8 @@ INDEX gets index.faiss, ids.arrow (`item_id`, and `title` with --items) and inde
 memory, not read.
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import json
 import math
 import sys

@@ -9,6 +9,8 @@ Before anything is sent, a model is loaded in a process of its own and every fil
 (pickles, secrets, paths of this machine, training state) is refused with all reasons at once. Log in with `hf auth login`.
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import sys
 import tempfile
 from collections.abc import Sequence

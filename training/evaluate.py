@@ -33,6 +33,8 @@ Slices are of the published protocol's queries, "group" being e.g. "query text l
 `difference` is this model's value minus the other's; p_value is of a sign-flip permutation test over queries.
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

@@ -8,6 +8,8 @@ similarity, relative to the target's, keeps it out (as in NV-Retriever, arXiv 24
 the pair table alone: held-out ones never become negatives.
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack

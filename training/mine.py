@@ -5,6 +5,8 @@ the next, so that memory is bounded by a part and not by the log. Writes the pai
 either side of --split_time if given, and beside the output `PAIRS.rejects.jsonl`: rows of the log that were left out.
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import json
 import sys
 import tempfile

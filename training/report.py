@@ -5,6 +5,8 @@ figures before and after, baselines, saliency), evaluation.json (intervals, slic
 table, for pictures. What a run doesn't have, the page says it doesn't have. The plots stand in RUN/plots as well.
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import base64
 import io
 import json

@@ -5,6 +5,8 @@ Writes into `output_dir`: `model/` (weights or adapter, processor and code, for 
 `report`, on one process, also `report.html`, `evaluation.json` and `plots/`.
 """
 
+import training.tables.own_folder  # noqa: F401  # isort: skip
+
 import json
 import os
 import sys

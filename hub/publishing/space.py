@@ -1,12 +1,7 @@
-"""The demo app as a Gradio Space: its code, index and items, and which model of the Hub it loads.
+"""The demo app as a Gradio Space: its code, index and items, and which model of the Hub it loads."""
 
-Of this project only the files that `hub/app.py` imports go along.
-"""
-
-import ast
 import json
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +18,9 @@ from hub.publishing.sending import Publication
 
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("hub", "modeling_notellm2", "training")
+FOLDERS = ("hub", "modeling_notellm2", "training/tables")
+"""What of this project goes along: hub uses no more of training than its tables."""
+CODE = (".py", ".jinja")
 GROUP = "encode"
 """Dependency group of pyproject.toml that the app needs; Gradio comes with the Space."""
 START = """# Starts the app with this Space's model, indexes and items.
@@ -80,7 +77,7 @@ def prepare_space(details: SpaceDetails, staging: Path, rejects: Path) -> Public
         if folder is not None:
             files |= index_files(Path(folder), name, staging)
             options[name] = name
-    files |= {path.relative_to(ROOT).as_posix(): path for path in code_files("hub.app")}
+    files |= code_files()
     if Path(details.items).exists():
         options["items"] = "items"
         with RejectsFile(rejects) as listed:
@@ -131,31 +128,8 @@ def texts(details: SpaceDetails, options: dict[str, str]) -> dict[str, str]:
     }
 
 
-def code_files(module: str) -> list[Path]:
-    """Files of this project that a module needs: those it imports, and theirs, with the templates they name."""
-    found: set[Path] = set()
-    pending = [module]
-    while pending:
-        name = pending.pop()
-        path = ROOT.joinpath(*name.split("."))
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        if not path.is_file() or path in found:
-            continue
-        text = path.read_text(encoding="utf-8")
-        found |= {path, *(other for other in path.parent.glob("*.jinja") if other.name in text)}
-        pending += [*imports_of(path), *([name.rpartition(".")[0]] if "." in name else [])]
-    return sorted(found)
-
-
-def imports_of(path: Path) -> Iterator[str]:
-    """Modules of this project that a file imports, in functions too."""
-    package = path.parent.relative_to(ROOT).as_posix().replace("/", ".")
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = f"{package}.{node.module}" if node.level else node.module or ""
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        yield from (name for name in names if name.split(".")[0] in PACKAGES)
+def code_files() -> dict[str, Path]:
+    """The project's code that the app needs, by its path in the Space."""
+    paths = [ROOT / "training" / "__init__.py"]
+    paths += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in CODE]
+    return {path.relative_to(ROOT).as_posix(): path for path in sorted(paths)}

@@ -240,7 +240,11 @@ def test_the_space_starts_with_what_was_published(at_hub, base, table, tiny_mode
         "index/index.json",
         "items/items-00000.parquet",
     } <= set(files)
-    assert not any(path.startswith(("training/", "tests/")) or path == "hub/publish.py" for path in files)
+    assert {path.rpartition("/")[0] for path in files if path.startswith("training/")} == {
+        "training",
+        "training/tables",
+    }
+    assert not any(path.startswith("tests/") for path in files)
     head = yaml.safe_load(at_hub.store.path(files["README.md"].key).read_text().split("---")[1])
     assert (head["sdk"], head["app_file"], head["models"]) == ("gradio", "app.py", [base])
     assert re.search("^transformers", at_hub.store.path(files["requirements.txt"].key).read_text(), re.MULTILINE)

@@ -28,6 +28,7 @@ import torch
 from PIL import Image, ImageOps
 
 from hub.pages.app_search import Hit, ItemSearch, QueryError, open_search
+from modeling_notellm2 import DTYPES
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 
 
@@ -62,6 +63,10 @@ class AppArguments:
     cache: str | None = field(default=None, metadata={"help": "Folder for what is built; none: in the user's cache."})
     device: str = field(
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where the model runs."}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Type of the weights; auto: bfloat16 where the machine has it.", "choices": list(DTYPES)},
     )
     host: str = field(
         default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),  # which a Space sets
@@ -252,6 +257,7 @@ def main(options: Sequence[str] | None = None) -> int | None:
         split=arguments.split,
         cache=arguments.cache,
         device=arguments.device,
+        dtype=arguments.dtype,
     )
     page = build_page(App(search), "Related items")
     system = ["system-ui", "sans-serif"]  # no fonts from the network

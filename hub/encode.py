@@ -17,7 +17,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from hub.catalogue.shards import (
     open_job,
     read_rejects,
 )
+from modeling_notellm2 import DTYPES, Precision, choose_precision
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
 
 
@@ -70,8 +71,8 @@ class EncodeArguments:
     )
     visual: bool = field(default=False, metadata={"help": "Store the visual embeddings and has_image too."})
     dtype: str = field(
-        default="float32",
-        metadata={"help": "Type of the model's weights.", "choices": ["float32", "bfloat16", "float16"]},
+        default="auto",
+        metadata={"help": "Type of the weights; auto: bfloat16 where the machine has it.", "choices": list(DTYPES)},
     )
     compile: bool = field(default=False, metadata={"help": "Run the model through torch.compile."})
     device: str = field(
@@ -109,9 +110,11 @@ def encode(arguments: EncodeArguments) -> dict[str, Any]:
         OSError: when a file can't be read or written.
     """
     model_folder = find_model(arguments.model, arguments.revision)
+    precision = choose_precision(arguments.dtype, arguments.device)
+    print(f"Precision: {precision}")
     encoder = ItemEncoder(
         str(model_folder),
-        arguments.dtype,
+        precision.name,
         arguments.device,
         arguments.batch_size,
         arguments.visual,
@@ -134,7 +137,7 @@ def encode(arguments: EncodeArguments) -> dict[str, Any]:
                 writer.add(block)
                 first, behind = plan.block_range(block.number)
                 bar.update(behind - first)
-        manifest = close_job(output, job, plan, _made_with())
+        manifest = close_job(output, job, plan, _made_with(precision))
     if not manifest["counts"]["items"]:
         rejects = read_rejects(output, 1)
         first_reason = f"; the first: {rejects[0].reason}" if rejects else ""
@@ -214,18 +217,20 @@ def describe_job(arguments: EncodeArguments, model_folder: Path, table: ItemTabl
     files = describe_model(model_folder)
     total = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in files.items()).encode()).hexdigest()
     revision = model_folder.name if model_folder.parent.name == "snapshots" else arguments.revision
-    names = ("embedding_type", "visual", "dtype", "compile", "batch_size", "rows_per_block", "rows_per_shard")
+    names = ("embedding_type", "visual", "compile", "batch_size", "rows_per_block", "rows_per_shard")
     settings = {name: getattr(arguments, name) for name in names}
+    dtype = choose_precision(arguments.dtype, arguments.device).name
     return {
         "model": {"source": arguments.model, "revision": revision, "sha256": total, "files": files},
         "table": {"source": arguments.items, "rows": len(table), "files": table.files},
-        "settings": {**settings, "device": torch.device(arguments.device).type},
+        "settings": {**settings, "dtype": dtype, "device": torch.device(arguments.device).type},
     }
 
 
-def _made_with() -> dict[str, Any]:
+def _made_with(precision: Precision) -> dict[str, Any]:
     """Said, not compared: another version may give other last digits."""
     return {
+        "precision": asdict(precision),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),

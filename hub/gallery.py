@@ -28,6 +28,7 @@ from transformers import AutoConfig
 from hub.catalogue.encoder import ItemEncoder, Reject
 from hub.catalogue.item_tables import ItemTable, TableRow, open_items
 from hub.pages.gallery import View, nearest, write_gallery
+from modeling_notellm2 import DTYPES, choose_precision
 from modeling_notellm2.rows_notellm2 import BadRow, item_from_row, read_csv_rows, read_json_rows, row_id
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
 from training.tables.files import write_text
@@ -68,6 +69,10 @@ class GalleryArguments:
     batch_size: int = field(default=32, metadata={"help": "Items in a batch."})
     device: str = field(
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where the model runs."}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Type of the weights; auto: bfloat16 where the machine has it.", "choices": list(DTYPES)},
     )
     seed: int = field(default=0, metadata={"help": "Of the draw of queries."})
 
@@ -182,8 +187,10 @@ def gallery(arguments: GalleryArguments) -> Catalogue:
     labels = read_labels(arguments.items, arguments.label_column) if arguments.label_column else None
     table = open_items(arguments.items)
     config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
+    precision = choose_precision(arguments.dtype, arguments.device)
+    print(f"Precision: {precision}")
     encoder = ItemEncoder(
-        arguments.model, device=arguments.device, batch_size=arguments.batch_size, visual=bool(config.micl)
+        arguments.model, precision.name, arguments.device, arguments.batch_size, visual=bool(config.micl)
     )
     catalogue = embed_catalogue(table, encoder)
     partners = read_partners(arguments.pairs, catalogue.item_ids) if arguments.pairs else None

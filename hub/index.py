@@ -31,6 +31,7 @@ from hub.catalogue.encoder import ItemEncoder
 from hub.catalogue.exports import FORMATS, export
 from hub.catalogue.item_tables import TableRow, open_items
 from hub.encode import describe_model, find_model
+from modeling_notellm2 import DTYPES, choose_precision
 from training.tables.commands import DONE, OptionError, command, parse, plain_console
 from training.tables.files import write_json
 
@@ -75,6 +76,10 @@ class SearchArguments:
     k: int = field(default=20, metadata={"help": "Number of neighbours.", "aliases": ["-k"]})
     model: str | None = field(
         default=None, metadata={"help": "With --item: where the model is now; none: where it was when encoding."}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "With --item: type of the model's weights; auto: as the machine.", "choices": list(DTYPES)},
     )
 
 
@@ -296,7 +301,7 @@ def sample(catalogue: Catalogue, column: str, count: int, size: int) -> np.ndarr
     return np.concatenate(parts)
 
 
-def encode_item(path: Path, index: Index, model: str | None) -> np.ndarray:
+def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto") -> np.ndarray:
     """Vector `(1, d)` of an item in a JSON file, by the model that encoded the index.
 
     Raises:
@@ -314,7 +319,7 @@ def encode_item(path: Path, index: Index, model: str | None) -> np.ndarray:
     if changed:
         raise ValueError(f"{folder} is not the model of this index: {', '.join(changed)} differs.")
     visual = index.settings["embedding"] == VISUAL_EMBEDDING
-    encoder = ItemEncoder(str(folder), visual=visual)
+    encoder = ItemEncoder(str(folder), choose_precision(dtype).name, visual=visual)
     row = TableRow(str(path), 0, path.parent, {**raw, "item_id": raw.get("item_id") or path.stem}, repeated=False)
     block = encoder.embed(encoder.prepare(0, [row]))
     if block.rejects:
@@ -332,7 +337,7 @@ def search(arguments: SearchArguments) -> Table:
     if arguments.id is not None:
         queries: np.ndarray | list[str] = [arguments.id]
     else:
-        queries = encode_item(Path(arguments.item or ""), index, arguments.model)
+        queries = encode_item(Path(arguments.item or ""), index, arguments.model, arguments.dtype)
     name = arguments.id or arguments.item
     table = Table(title=Text(f"Nearest to {name} of {len(index.ids):,} items"), title_justify="left")
     for column, justify in (("#", "right"), ("score", "right"), ("item_id", "left"), ("title", "left")):

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from .configuration_notellm2 import NoteLLM2Config
 from .loss_notellm2 import complete_pairs, contrastive_pair_loss
 from .modeling_notellm2 import NoteLLM2Model, NoteLLM2Output, NoteLLM2PreTrainedModel
+from .precision_notellm2 import DTYPES, Precision, choose_precision
 from .processing_notellm2 import NoteLLM2Processor
 from .prompts_notellm2 import ItemError
 
@@ -25,12 +26,15 @@ NoteLLM2Model.register_for_auto_class("AutoModel")
 NoteLLM2Processor.register_for_auto_class()
 
 __all__ = [
+    "DTYPES",
     "ItemError",
     "NoteLLM2Config",
     "NoteLLM2Model",
     "NoteLLM2Output",
     "NoteLLM2PreTrainedModel",
     "NoteLLM2Processor",
+    "Precision",
+    "choose_precision",
     "complete_pairs",
     "contrastive_pair_loss",
 ]

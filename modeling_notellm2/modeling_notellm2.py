@@ -311,7 +311,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         queries = self.query_tokens.expand(vision_hidden_states.shape[0], -1, -1)
         hidden = self.qformer(
             query_embeds=queries,
-            encoder_hidden_states=vision_hidden_states,
+            # Trained parts may be in float32 beside frozen ones in 16 bits.
+            encoder_hidden_states=vision_hidden_states.to(queries.dtype),
             encoder_attention_mask=vision_attention_mask,
         ).last_hidden_state
         return self.projector(hidden.to(self.projector.linear_1.weight.dtype))
@@ -426,10 +427,11 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         """Late fusion (of items with an image), reduction, L2 norm in float32: `(n, LLM width)` to `(n, d)`."""
         if self.late_fusion is not None and summary is not None:
             weight = self.late_fusion.projection.weight
-            fused = self.late_fusion(hidden.to(weight.device), summary.to(weight.device, weight.dtype))
-            hidden = torch.where(has_image.to(fused.device).unsqueeze(-1), fused, hidden.to(fused.device))
+            hidden = hidden.to(weight.device, weight.dtype)
+            fused = self.late_fusion(hidden, summary.to(weight.device, weight.dtype))
+            hidden = torch.where(has_image.to(fused.device).unsqueeze(-1), fused, hidden)
         if self.reduction is not None:
-            hidden = self.reduction(hidden.to(self.reduction.weight.device))
+            hidden = self.reduction(hidden.to(self.reduction.weight.device, self.reduction.weight.dtype))
         return F.normalize(hidden.float(), dim=-1).to(hidden.dtype)
 
     def _add_losses(self, output: NoteLLM2Output) -> NoteLLM2Output:

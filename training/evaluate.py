@@ -5,6 +5,7 @@ left out, with the reason). `evaluate_model` gives the same content to Python ca
 
     {
       "model": str, "compared_with": str | null, "settings": {option: value},
+      "precision": {"name": "float32" | "bfloat16" | "float16", "reason": str},
       "counts": {"items": int, "pairs": int, "rejected_rows": int},
       "trained_share": float | null (with --train_pairs: share of the pairs that are train pairs),
       "metrics": {EMBEDDING: {
@@ -45,6 +46,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoProcessor
 
+from modeling_notellm2 import DTYPES, choose_precision
 from training.evaluation.embed import NEIGHBOURS, Pairs, View, views
 from training.evaluation.metrics import (
     Bootstrap,
@@ -139,6 +141,10 @@ class EvaluateArguments:
     batch_size: int = field(default=32, metadata={"help": "Items embedded at once."})
     num_workers: int = field(default=0, metadata={"help": "Processes that open images."})
     device: str | None = field(default=None, metadata={"help": "Where the model runs; none: a GPU if there is one."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Type of the weights; auto: bfloat16 where the machine has it.", "choices": list(DTYPES)},
+    )
 
 
 @dataclass(frozen=True)
@@ -320,12 +326,15 @@ def run(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]
     labels = items.column(arguments.label_column) if arguments.label_column else None
     write_rejects(rejects, output / "rejects.jsonl")
 
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = choose_precision(arguments.dtype, device)
+    print(f"Precision: {precision}")
     found = evaluate_model(
-        *_load(arguments.model, arguments.device),
+        *_load(arguments.model, device, precision.dtype),
         items,
         pairs,
         options,
-        other=_load(arguments.compare, arguments.device) if arguments.compare else None,
+        other=_load(arguments.compare, device, precision.dtype) if arguments.compare else None,
         labels=labels,
         popularity=popularity,
         batch_size=arguments.batch_size,
@@ -337,6 +346,7 @@ def run(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]
     report = {
         "model": arguments.model,
         "compared_with": arguments.compare,
+        "precision": asdict(precision),
         "settings": {**asdict(arguments), **asdict(options)},
         "counts": counts,
         "trained_share": share,
@@ -358,10 +368,9 @@ def write_evaluation(report: dict[str, Any], output: Path) -> None:
     write_json(report, output / "evaluation.json")
 
 
-def _load(name: str, device: str | None) -> tuple[Any, Any]:
+def _load(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model, in eval mode, and processor."""
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModel.from_pretrained(name, trust_remote_code=True).to(place).eval()
+    model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype).to(device).eval()
     return model, AutoProcessor.from_pretrained(name, trust_remote_code=True)
 
 

@@ -24,6 +24,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
+from modeling_notellm2 import DTYPES, choose_precision
 from training.evaluation.embed import embed
 from training.tables.commands import DONE, command, parse
 from training.tables.files import atomic_write
@@ -62,6 +63,10 @@ class HardNegativesArguments:
     batch_size: int = field(default=64, metadata={"help": "Items embedded at once."})
     num_workers: int = field(default=0, metadata={"help": "Processes that open images to hash them."})
     device: str | None = field(default=None, metadata={"help": "Where the model runs; none: a GPU if there is one."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Type of the weights; auto: bfloat16 where the machine has it.", "choices": list(DTYPES)},
+    )
 
     def __post_init__(self) -> None:
         if self.negatives < 1 or self.neighbours < self.negatives or self.ceiling > 1:
@@ -165,7 +170,9 @@ def run(arguments: HardNegativesArguments) -> None:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     items, _ = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
     matched = match_pairs(arguments.pairs, items, encoding=arguments.encoding)
-    model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True).to(device)
+    precision = choose_precision(arguments.dtype, device)
+    print(f"Precision: {precision}")
+    model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True, dtype=precision.dtype).to(device)
     processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     used = np.unique(matched.pairs)
     items, pairs = items.select(used), np.searchsorted(used, matched.pairs).astype(np.int32)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,9 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
     with arguments.main_process_first(desc="reading the tables"):
         data = load_data(tables, workers)
     if arguments.process_index == 0:
+        print(f"Precision: {arguments.precision}")
         write_rejects(data.rejects, output / "rejects.jsonl")
-    model = load_trainable(options).to(arguments.device)
+    model = load_trainable(options, arguments.precision.dtype).to(arguments.device)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     clock.lap("load")
 
@@ -176,7 +177,13 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
         root = Path(tables.vision_cache_dir) if tables.vision_cache_dir else None
         with arguments.main_process_first(desc="caching vision features"):
             features = cache_vision_features(
-                base_of(model), processor, data.items, root, tables.vision_cache_gb, num_workers=workers
+                base_of(model),
+                processor,
+                data.items,
+                root,
+                tables.vision_cache_gb,
+                num_workers=workers,
+                dtype=arguments.precision.dtype,
             )
     trainer = make_trainer(model, processor, data, features, tables, arguments)
     clock.lap("vision_features")
@@ -189,6 +196,7 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
         return evaluate(model, collate, data.eval_items, data.eval_pairs, data.labels, size, workers)
 
     report: dict[str, Any] = {
+        "precision": asdict(arguments.precision),
         "random": random_expectation(data.eval_items, data.eval_pairs, data.labels) if data.eval_pairs else {},
         "before": measured(),
     }

@@ -22,6 +22,7 @@ from hub.catalogue.encoder import ItemEncoder
 from hub.catalogue.item_tables import ItemTable, TableRow, open_items
 from hub.encode import EncodeArguments, describe_job, describe_model, encode, find_model
 from hub.index import BuildArguments, Index, build
+from modeling_notellm2 import choose_precision
 from modeling_notellm2.rows_notellm2 import item_from_row, row_id
 
 
@@ -142,6 +143,7 @@ def open_search(
     split: str | None = None,
     cache: str | None = None,
     device: str = "cpu",
+    dtype: str = "auto",
 ) -> ItemSearch:
     """Opens a catalogue for queries, encoded and indexed first where no index is given.
 
@@ -151,20 +153,22 @@ def open_search(
         index, visual_index: folders that `hub/index.py` wrote, the second with `--visual`.
         split: of a data set.
         cache: folder for what is built; None: a folder of the user's cache.
-        device: for queries and encoding.
+        device, dtype: for queries and encoding.
 
     Raises:
         ValueError: for a model, table or index that can't be used, or that don't belong together.
     """
     folder, table = find_model(model, None), open_items(items, split)
+    precision = choose_precision(dtype, device)
+    print(f"Precision: {precision}")
     if index is None:
-        places = build_indexes(folder, table, items, split, cache, device)
+        places = build_indexes(folder, table, items, split, cache, device, precision.name)
     else:
         places = index, visual_index
         check_indexes(folder, {"embedding": index, "visual_embedding": visual_index})
     opened, opened_visual = (None if place is None else Index.load(place) for place in places)
     assert opened is not None
-    encoder = ItemEncoder(str(folder), device=device, visual=opened_visual is not None)
+    encoder = ItemEncoder(str(folder), precision.name, device, visual=opened_visual is not None)
     _ = encoder.processor, encoder.model  # loaded before the first query
     return ItemSearch(encoder, opened, opened_visual, table, positions_of_ids(opened.ids["item_id"], table))
 
@@ -189,11 +193,11 @@ def check_indexes(model: Path, places: Mapping[str, str | None]) -> None:
 
 
 def build_indexes(
-    model: Path, table: ItemTable, items: str, split: str | None, cache: str | None, device: str
+    model: Path, table: ItemTable, items: str, split: str | None, cache: str | None, device: str, dtype: str
 ) -> tuple[str, str | None]:
     """Encodes and indexes a catalogue unless that was done before; folders of the multimodal and the visual index."""
     has_visual = bool(json.loads((model / "config.json").read_text(encoding="utf-8")).get("micl", True))
-    arguments = EncodeArguments(str(model), items, "", split=split, visual=has_visual, device=device)
+    arguments = EncodeArguments(str(model), items, "", split=split, visual=has_visual, device=device, dtype=dtype)
     job = json.dumps(_without_places(describe_job(arguments, model, table)), sort_keys=True)
     folder = Path(cache or Path(HF_HOME) / "notellm2-app") / hashlib.sha256(job.encode()).hexdigest()[:16]
     arguments.output = str(folder / "vectors")

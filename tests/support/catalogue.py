@@ -13,7 +13,14 @@ from hub.catalogue.shards import MANIFEST
 from hub.encode import EncodeArguments
 
 
-SMALL = {"batch_size": 4, "rows_per_block": 8, "rows_per_shard": 16, "num_workers": 0, "device": "cpu"}
+SMALL = {
+    "batch_size": 4,
+    "rows_per_block": 8,
+    "rows_per_shard": 16,
+    "num_workers": 0,
+    "device": "cpu",
+    "dtype": "float32",
+}
 
 
 def png(number: int, side: int = 24) -> bytes:
@@ -39,6 +46,7 @@ def make_items(count: int) -> list[dict]:
 
 
 def arguments(model: Path, items: Path, output: Path, **options) -> EncodeArguments:
+    """Of a small job; in float32 unless the options say otherwise, so that any machine gives the same."""
     return EncodeArguments(str(model), str(items), str(output), **{**SMALL, **options})
 
 

@@ -149,17 +149,19 @@ def measure_variant(
     model, processor = build(options.model, settings)
     if options.lora_r:
         model = with_lora(model, options)
-    features = vision_features(model, processor, data.items, tables)
+    features = vision_features(model, processor, data.items, tables, arguments)
     trainer = make_trainer(model, processor, data, features, tables, arguments)
     trainer.train()
     collate, size = trainer.data_collator.collate_items, arguments.per_device_eval_batch_size
     return evaluate(model, collate, data.eval_items, data.eval_pairs, data.labels, size)
 
 
-def vision_features(model: Any, processor: Any, items: ItemTable, tables: DataArguments) -> VisionCache:
+def vision_features(
+    model: Any, processor: Any, items: ItemTable, tables: DataArguments, arguments: NoteLLM2TrainingArguments
+) -> VisionCache:
     """What the frozen vision encoder makes of the pictures, computed once for all runs."""
     root = Path(tables.vision_cache_dir) if tables.vision_cache_dir else None
-    return cache_vision_features(base_of(model), processor, items, root)
+    return cache_vision_features(base_of(model), processor, items, root, dtype=arguments.precision.dtype)
 
 
 def measure_baseline(
@@ -175,7 +177,7 @@ def measure_baseline(
         embeddings = minilm_embeddings(data, arguments if name.endswith("trained") else None)
         return measure("text", embeddings, everything, data.eval_items, data.eval_pairs, data.labels)
     model, processor = build(options.model, {})
-    features = vision_features(model, processor, data.items, tables)
+    features = vision_features(model, processor, data.items, tables, arguments)
     metrics = measure_baselines(data, features, arguments.seed)
     return {key.replace(name, "both", 1): value for key, value in metrics.items() if key.startswith(f"{name}/")}
 

@@ -26,18 +26,34 @@ ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
-def load_trainable(arguments: ModelArguments) -> NoteLLM2Model | PeftModel:
+def load_trainable(arguments: ModelArguments, compute_dtype: torch.dtype = torch.float32) -> NoteLLM2Model | PeftModel:
     """The model to train: the whole of it, or one with LoRA on its LLM. An adapter's folder goes on from that adapter.
+
+    What is trained is held in float32. An LLM that is only read, beside an adapter of its own, stays in the type in which
+    it is stored: 16 bits of a 7B LLM are half the memory.
+
+    Args:
+        compute_dtype: of the products with 4-bit weights.
 
     Raises:
         ValueError: for LoRA modules that the LLM doesn't have.
     """
-    options: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype)}
+    adapted = (Path(arguments.model) / "adapter_config.json").is_file()
+    only_read = (adapted or arguments.lora_r) and not (arguments.merge_adapter or arguments.load_in_4bit)
+    options: dict[str, Any] = {"dtype": "auto" if only_read else torch.float32}
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
     if arguments.load_in_4bit:
-        options["quantization_config"] = quantization(options["dtype"])
-    if (Path(arguments.model) / "adapter_config.json").is_file():
+        options["quantization_config"] = quantization(compute_dtype)
+    model = _load(arguments, adapted, options)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _load(arguments: ModelArguments, adapted: bool, options: dict[str, Any]) -> NoteLLM2Model | PeftModel:
+    if adapted:
         config = LoraConfig.from_pretrained(arguments.model)
         base = AutoModel.from_pretrained(config.base_model_name_or_path, trust_remote_code=True, **options)
         names = trained_in_full(base)

@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+from modeling_notellm2 import DTYPES, Precision, choose_precision
 from training.tables.commands import OptionParser
 
 
@@ -17,7 +18,6 @@ class ModelArguments:
     """Which model is trained, and which part of its LLM."""
 
     model: str = field(metadata={"help": "Folder or Hub id of a NoteLLM-2 model with its processor."})
-    dtype: str = field(default="float32", metadata={"help": "Type of the weights: float32, bfloat16 or float16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the LLM; 0 trains the LLM in full."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA: its update is multiplied by alpha / r."})
@@ -103,7 +103,17 @@ class DataArguments:
 
 @dataclass
 class NoteLLM2TrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the published run as defaults: 3e-6, decay 1e-3, warm-up 10 %, one epoch, bf16."""
+    """`TrainingArguments` with the published run as defaults: 3e-6, decay 1e-3, warm-up 10 %, one epoch.
+
+    `dtype` is the one choice of what a run computes in; `bf16` and `fp16`, transformers' own switches, follow from it. Given
+    explicitly they are another way to ask.
+
+    Attributes:
+        precision: what was chosen, and why.
+
+    Raises:
+        ValueError: where `dtype`, `bf16` and `fp16` contradict each other.
+    """
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of everything the run writes."})
     learning_rate: float = field(default=3e-6, metadata={"help": "For the LLM or its LoRA."})
@@ -126,10 +136,15 @@ class NoteLLM2TrainingArguments(TrainingArguments):
         default_factory=list, metadata={"help": "Widths of prefixes that are trained as embeddings too."}
     )
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Items in a batch of the evaluation."})
-    bf16: bool = field(
-        default=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        metadata={"help": "bfloat16 autocast; by default where a GPU has it."},
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the computation; auto: bfloat16 where the machine has it. Trained weights stay float32.",
+            "choices": list(DTYPES),
+        },
     )
+    bf16: bool | None = field(default=None, metadata={"help": "The same as --dtype bfloat16; false: never bfloat16."})
+    fp16: bool | None = field(default=None, metadata={"help": "The same as --dtype float16."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     report_to: None | str | list[str] = field(  # noqa: RUF036 (the order that HfArgumentParser reads)
         default="tensorboard", metadata={"help": "Where the log goes: tensorboard, trackio, wandb, none."}
@@ -146,9 +161,24 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        accelerator = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+        self.use_cpu = accelerator is None  # transformers takes bf16 without a GPU only where this is on
+        self.precision: Precision = choose_precision(self._asked_dtype(), accelerator or "cpu")
+        self.bf16, self.fp16 = (self.precision.name == name for name in ("bfloat16", "float16"))
         super().__post_init__()
         if self.connector_learning_rate is None:
             self.connector_learning_rate = self.learning_rate
+
+    def _asked_dtype(self) -> str:
+        """What `dtype`, `bf16` and `fp16` say together."""
+        switches = {"bfloat16": self.bf16, "float16": self.fp16}
+        on = [name for name, switch in switches.items() if switch]
+        asked = {*on, self.dtype} - {"auto"}
+        if len(asked) > 1 or any(switches.get(name) is False for name in asked):
+            raise ValueError(f"--dtype {self.dtype}, --bf16 {self.bf16} and --fp16 {self.fp16} contradict each other.")
+        if not asked and self.bf16 is False:
+            return "float32"
+        return next(iter(asked), "auto")
 
 
 def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, NoteLLM2TrainingArguments]:

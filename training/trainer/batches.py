@@ -204,9 +204,10 @@ def cache_vision_features(
     limit_gb: float = 50.0,
     batch_size: int = 32,
     num_workers: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> VisionCache:
     """The model's vision cache, filled with the items' images; arguments as of `open_vision_cache` and its `fill`."""
-    cache = open_vision_cache(model, processor, root)
+    cache = open_vision_cache(model, processor, root, dtype)
     cache.fill(model, processor, items, limit_gb, batch_size, num_workers)
     return cache
 

@@ -92,7 +92,7 @@ class NoteLLM2Trainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Weighted mean of the multimodal and the visual loss over the joined batch of all processes (a scalar)."""
         item_index, num_pairs = inputs.pop("item_index"), int(inputs.pop("num_pairs"))
-        outputs = model(**complete_vision_features(base_of(self.model), inputs))
+        outputs = model(**self._with_vision_features(inputs))
         losses = self.pair_loss(
             outputs.embeddings,
             outputs.visual_embeddings,
@@ -123,11 +123,16 @@ class NoteLLM2Trainer(Trainer):
         )
         steps = self.current_gradient_accumulation_steps
         with self.compute_loss_context_manager():
-            inputs = complete_vision_features(base, inputs) if "cached_images" in inputs else inputs
+            inputs = self._with_vision_features(inputs) if "cached_images" in inputs else inputs
             loss = partial(self.pair_loss, item_index=item_index, num_pairs=num_pairs)
             losses = cache.step(model, base, inputs, loss, divisor=steps)
         self._take_down(losses, item_index)
         return losses.loss / steps
+
+    def _with_vision_features(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`complete_vision_features` in the run's precision: the model's forward has its own, the encoder beside it hasn't."""
+        with self.accelerator.autocast():
+            return complete_vision_features(base_of(self.model), inputs)
 
     def _take_down(self, losses: PairLossOutput, item_index: Tensor) -> None:
         """Keep the figures for the log; a loss that is no number ends the run here, with the items that gave it."""

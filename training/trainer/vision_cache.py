@@ -1,8 +1,9 @@
 """A cache on disk of what a frozen vision encoder makes of each picture, so that later epochs neither decode nor run it.
 
 One folder for each encoder with its preprocessing, in it safetensors files of some hundred pictures: `keys` (hash of the
-picture's content), `hidden_states` and `pooler_output`, in float16. They are mapped, so all workers of a machine share
-one copy. A picture that has changed, or another encoder, has another key and never gets stale features.
+picture's content), `hidden_states` and `pooler_output`, in 16 bits: bfloat16 where the encoder ran in that, else float16.
+They are mapped, so all workers of a machine share one copy. A picture that has changed, another encoder or another
+precision has another key and never gets stale features.
 """
 
 import json
@@ -40,7 +41,8 @@ class VisionCache:
     """Stored vision features, found by a picture's content.
 
     Args:
-        folder: of one encoder and preprocessing; see `open_vision_cache`.
+        folder: of one encoder, preprocessing and precision; see `open_vision_cache`.
+        dtype: in which the encoder computes what is stored here.
 
     Attributes:
         keys: (images,) sorted 16-byte keys of what is stored, and for each its `file` and `row` there.
@@ -48,6 +50,7 @@ class VisionCache:
     """
 
     folder: Path
+    dtype: torch.dtype = torch.float32
     files: list[Path] = field(init=False)
     keys: np.ndarray = field(init=False)
     size: int = field(init=False)
@@ -90,7 +93,7 @@ class VisionCache:
         """Features of one picture or more that were found.
 
         Returns:
-            hidden states (m, tokens, width) and pooler output (m, width), float16.
+            hidden states (m, tokens, width) and pooler output (m, width), float16 or bfloat16.
         """
         rows = [self._row(*self.places[at].tolist()) for at in stored]
         return torch.cat([hidden for hidden, _ in rows]), torch.cat([pooled for _, pooled in rows])
@@ -131,6 +134,7 @@ class VisionCache:
         """
         limit = limit_gb * 1e9
         model.vision_model.eval()
+        features = partial(_features, model, self.dtype)
         prepare = partial(_prepare, self, processor)
         waiting: dict[bytes, Tensor] = {}
         done: set[bytes] = set()
@@ -140,14 +144,14 @@ class VisionCache:
             if len(waiting) < batch_size:
                 continue
             done |= waiting.keys()
-            block.add(list(waiting), *_features(model, list(waiting.values())))
+            block.add(list(waiting), *features(list(waiting.values())))
             waiting = {}
             if self.size + block.written + block.waiting >= limit:
                 break
             if block.waiting >= FILE_BYTES:
                 block.write()
         if waiting and self.size + block.written + block.waiting < limit:
-            block.add(list(waiting), *_features(model, list(waiting.values())))
+            block.add(list(waiting), *features(list(waiting.values())))
         block.cut(int(limit - self.size - block.written))
         block.write()
         self.reload()
@@ -194,11 +198,14 @@ class _Block:
         return KEY_BYTES + self.hidden[0].nbytes + self.pooled[0].nbytes
 
 
-def open_vision_cache(model: Any, processor: Any, root: Path | None = None) -> VisionCache:
+def open_vision_cache(
+    model: Any, processor: Any, root: Path | None = None, dtype: torch.dtype = torch.float32
+) -> VisionCache:
     """The cache of a model's vision encoder with its preprocessing.
 
     Args:
         root: folder of all caches; None: `notellm2_vision` in `datasets`' cache.
+        dtype: in which the encoder computes (autocast; its weights stay what they are).
 
     Raises:
         ValueError: when the encoder is trained, so that its features would go stale.
@@ -206,16 +213,17 @@ def open_vision_cache(model: Any, processor: Any, root: Path | None = None) -> V
     if not model.config.freeze_vision:
         raise ValueError("A cache of vision features needs a frozen vision encoder (freeze_vision: true).")
     root = root or Path(datasets.config.HF_DATASETS_CACHE) / "notellm2_vision"
-    folder = root / encoder_key(model, processor)
+    folder = root / encoder_key(model, processor, dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    return VisionCache(folder)
+    return VisionCache(folder, dtype)
 
 
-def encoder_key(model: Any, processor: Any) -> str:
-    """A hash of all that decides a picture's features besides the picture: weights, layer, type, preprocessing."""
+def encoder_key(model: Any, processor: Any, dtype: torch.dtype = torch.float32) -> str:
+    """A hash of all that decides a picture's features besides the picture: weights, layer, types, preprocessing."""
     digest = blake2b(digest_size=KEY_BYTES)
     preprocessing = processor.image_processor.to_dict()
-    settings = [FORMAT, model.config.vision_config.to_dict(), model.config.vision_feature_layer, preprocessing]
+    layer = model.config.vision_feature_layer
+    settings = [FORMAT, model.config.vision_config.to_dict(), layer, str(dtype), preprocessing]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.vision_model.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -265,7 +273,10 @@ def _prepare(cache: VisionCache, processor: Any, item: Item) -> list[tuple[bytes
 
 
 @torch.no_grad()
-def _features(model: Any, pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
-    features = model.get_vision_features(torch.stack(pixels).to(model.device))
+def _features(model: Any, dtype: torch.dtype, pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        features = model.get_vision_features(torch.stack(pixels).to(model.device))
     hidden, pooled = features.last_hidden_state, features.pooler_output
-    return tuple(one.clamp(-LARGEST, LARGEST).to("cpu", torch.float16).contiguous() for one in (hidden, pooled))
+    if dtype != torch.bfloat16:
+        dtype, hidden, pooled = torch.float16, hidden.clamp(-LARGEST, LARGEST), pooled.clamp(-LARGEST, LARGEST)
+    return hidden.to("cpu", dtype).contiguous(), pooled.to("cpu", dtype).contiguous()

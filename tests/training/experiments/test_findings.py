@@ -257,7 +257,13 @@ def test_variants_start_from_the_same_halves(tiny_model_folder):
 
 @pytest.mark.slow
 def test_tiny_runs_to_the_end(coloured, tiny_model_folder, tmp_path):
-    training = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "use_cpu": True, "bf16": False}
+    training = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "dtype": "float32",
+    }
     training |= {"cache_vision_features": True, "vision_cache_dir": str(tmp_path / "vision"), "lora_r": 2}
     config = config_of(
         tmp_path,

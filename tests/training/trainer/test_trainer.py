@@ -46,6 +46,7 @@ def options(coloured_tables, tiny_model_folder, tmp_path):
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "use_cpu": True,
+        "dtype": "float32",
         "report_to": "none",
         "distinct_column": "colour",
         "dataloader_num_workers": 0,
@@ -143,8 +144,6 @@ def test_configs_run_with_two_processes(options, coloured_tables, tmp_path, conf
     changes |= {"save_steps": 2, "max_steps": 2, "per_device_train_batch_size": 3, "ddp_backend": "gloo"}
     if config == "cpu.yaml":
         changes |= {"merge_adapter": True, "dataloader_num_workers": 1, "train_sampling_strategy": "group_by_length"}
-    else:
-        changes |= {"bf16": False}
     done = finish(options(**changes), config=config, processes=2)
     assert "after: both" in done.stdout
     trained = AutoModel.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True)

@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_notellm2 import Precision
 from tests.support.models import make_model
-from training.evaluation.embed import embed
+from training.evaluation.embed import embed, evaluate
 from training.run import load_data, run
 from training.trainer import arguments as arguments_module
 from training.trainer.adapters import base_of, load_trainable
@@ -90,8 +90,6 @@ def test_the_metrics_are_those_of_the_saved_model(options, tmp_path, dtype):
     saved = AutoModel.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True)
     collate = ItemCollator(AutoProcessor.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True))
     assert saved.dtype == torch.float32
-    from training.evaluation.embed import evaluate
-
     found = evaluate(saved, collate, data.eval_items, data.eval_pairs, data.labels)
     assert {name: found[name] for name in report["after"]} == report["after"]
 
@@ -104,13 +102,10 @@ def test_an_llm_that_is_only_read_stays_as_it_is_stored(options, tmp_path):
 
     def types(**changes):
         model = load_trainable(ModelArguments(model=str(tmp_path / "stored"), **changes))
-        return {
-            part: {p.dtype for p in model.parameters() if p.requires_grad == (part == "trained")}
-            for part in ("trained", "frozen")
-        }
+        return {(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()}
 
-    assert types(lora_r=2) == {"trained": {torch.float32}, "frozen": {torch.bfloat16}}
-    assert types(lora_r=2, merge_adapter=True) == types() == {"trained": {torch.float32}, "frozen": {torch.float32}}
+    assert types(lora_r=2) == {(True, torch.float32), (False, torch.bfloat16)}
+    assert types(lora_r=2, merge_adapter=True) == types() == {(True, torch.float32), (False, torch.float32)}
     for dtype in ("float32", "bfloat16"):
         output = tmp_path / dtype
         report = run(*parse(options(model=tmp_path / "stored", lora_r=2, dtype=dtype, output_dir=output)))

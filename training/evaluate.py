@@ -37,7 +37,7 @@ Slices are of the published protocol's queries, "group" being e.g. "query text l
 import training.tables.own_folder  # noqa: F401  # isort: skip
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,7 @@ def evaluate_model(
     num_workers: int = 0,
     rejects: Path | None = None,
     features: VisionCache | None = None,
+    embedded: Iterable[View] | None = None,
 ) -> dict[str, Any]:
     """Everything in evaluation.json but "settings", "plots" and the names of the models.
 
@@ -188,16 +189,19 @@ def evaluate_model(
         popularity: (n,) integer, train pairs that each item is in (`training.evaluation.slices.count_in_pairs`).
         rejects: JSON lines file to which images that can't be read are added.
         features: stored vision features of `model`'s encoder.
+        embedded: the items by `model`, where `views` has embedded them already.
 
     Raises:
         ValueError: when no pair can be measured.
     """
     options = options or MeasureOptions()
     facts = item_facts(items, processor.limits, popularity, labels)
-    collate = ItemCollator(processor, features, base_of(model).dtype, rejects)
+    if embedded is None:
+        collate = ItemCollator(processor, features, base_of(model).dtype, rejects)
+        embedded = views(model, collate, items, pairs, batch_size, num_workers)
     report: dict[str, Any] = {"metrics": {}, "slices": [], "examples": None, "comparison": None}
     per_query: dict[str, dict[str, PerQuery]] = {}
-    for view in views(model, collate, items, pairs, batch_size, num_workers):
+    for view in embedded:
         measured = measure_view(view, items, pairs, labels, options)
         report["metrics"][view.name] = measured.report
         report["slices"] += _slices(view, measured, facts, options)

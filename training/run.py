@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import AutoProcessor, set_seed
 
-from training.evaluation.embed import evaluate, evaluate_in_training, measure, random_expectation
+from training.evaluation.embed import evaluate_in_training, measure, measure_views, random_expectation, views
 from training.evaluation.evidence import evaluate_whole, explain
 from training.evaluation.overlap import trained_share
 from training.report import write_report
@@ -188,17 +188,20 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
     trainer = make_trainer(model, processor, data, features, tables, arguments)
     clock.lap("vision_features")
 
-    def measured() -> dict[str, float]:
-        if not data.eval_pairs:
-            return {}
-        collate = trainer.data_collator.collate_items
-        size = arguments.per_device_eval_batch_size
-        return evaluate(model, collate, data.eval_items, data.eval_pairs, data.labels, size, workers)
+    embed_views = partial(
+        views,
+        model,
+        trainer.data_collator.collate_items,
+        data.eval_items,
+        data.eval_pairs,
+        arguments.per_device_eval_batch_size,
+        workers,
+    )
 
     report: dict[str, Any] = {
         "precision": asdict(arguments.precision),
         "random": random_expectation(data.eval_items, data.eval_pairs, data.labels) if data.eval_pairs else {},
-        "before": measured(),
+        "before": measure_views(embed_views(["both"]), data.eval_items, data.eval_pairs, data.labels),
     }
     clock.lap("evaluate_before")
     explained = tables.report and bool(data.eval_pairs) and arguments.world_size == 1
@@ -209,7 +212,8 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
     trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     clock.lap("train")
     trainer.leave_autocast()
-    report["after"] = measured()
+    embedded = list(embed_views())
+    report["after"] = measure_views(embedded, data.eval_items, data.eval_pairs, data.labels)
     clock.lap("evaluate_after")
     report["counts"] = {
         "items": len(data.items),
@@ -228,7 +232,7 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
             (output / name).unlink(missing_ok=True)
     if explained:
         saliency["after training"] = explain(trainer, data)
-        evaluate_whole(trainer, data, tables.train_pairs, tables.label_column, tables.encoding)
+        evaluate_whole(trainer, data, embedded, tables.train_pairs, tables.label_column, tables.encoding)
         clock.lap("report")
     report["saliency"] = {name: shares for name, shares in saliency.items() if shares}
 

@@ -4,7 +4,7 @@ Recall follows the published protocol (`training.evaluation.retrieval`). Each mo
 it; the visual embeddings of a model with mICL are measured too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,10 +131,12 @@ def views(
     pairs: Pairs,
     batch_size: int = 32,
     num_workers: int = 0,
+    modalities: Sequence[str] = tuple(MODALITIES),
 ) -> Iterator[View]:
-    """Embed the items once for each modality that has a pair to measure, and hand out one after another."""
+    """Embed the items once for each of some modalities that has a pair to measure, and hand out one after another."""
     present = items.fields_present()
-    for name, fields in MODALITIES.items():
+    for name in modalities:
+        fields = MODALITIES[name]
         positions = np.flatnonzero(np.any([present[field] for field in fields if field in present], axis=0)).tolist()
         if not _has_pair(positions, items, pairs):
             continue
@@ -163,8 +165,15 @@ def evaluate(
     Returns:
         A flat dict such as `{"both/recall@10": 0.4, "both/precision@10": 0.3, "visual/recall@10": ...}`.
     """
+    return measure_views(views(model, collate, items, pairs, batch_size, num_workers), items, pairs, labels)
+
+
+def measure_views(
+    embedded: Iterable[View], items: ItemTable, pairs: Pairs, labels: Sequence[Any] | None = None
+) -> dict[str, float]:
+    """What `evaluate` returns, of items that `views` has embedded."""
     metrics: dict[str, float] = {}
-    for view in views(model, collate, items, pairs, batch_size, num_workers):
+    for view in embedded:
         metrics |= measure(view.name, view.embeddings, view.positions, items, pairs, labels)
     return metrics
 

@@ -1,10 +1,12 @@
 """What a run measures for its report beyond metrics.json: saliency, and evaluation.json with its plots."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.evaluate import MeasureOptions, evaluate_model, write_evaluation
+from training.evaluation.embed import View
 from training.evaluation.saliency import measure_saliency
 from training.evaluation.slices import count_in_pairs
 from training.trainer.trainer import NoteLLM2Trainer
@@ -39,11 +41,17 @@ def explain(trainer: NoteLLM2Trainer, data: "RunData") -> dict[str, Any]:
 
 
 def evaluate_whole(
-    trainer: NoteLLM2Trainer, data: "RunData", train_pairs: str, label_column: str | None, encoding: str | None = None
+    trainer: NoteLLM2Trainer,
+    data: "RunData",
+    embedded: Iterable[View],
+    train_pairs: str,
+    label_column: str | None,
+    encoding: str | None = None,
 ) -> None:
     """evaluation.json, evaluation.md and plots of the trained model, in the run's folder.
 
     Args:
+        embedded: the evaluation items by the trained model.
         train_pairs: pair table, for slices by popularity and of unseen items.
         label_column: where `data.labels` come from.
         encoding: of `train_pairs`.
@@ -57,9 +65,7 @@ def evaluate_whole(
         options,
         labels=data.labels,
         popularity=count_in_pairs(train_pairs, data.eval_items, encoding),
-        batch_size=trainer.args.per_device_eval_batch_size,
-        num_workers=trainer.args.dataloader_num_workers,
-        features=trainer.data_collator.collate_items.features,
+        embedded=embedded,
     )
     with (output / "rejects.jsonl").open(encoding="utf-8") as lines:  # the run has listed these items' pictures by now
         counts = {"items": len(data.eval_items), "pairs": len(data.eval_pairs), "rejected_rows": sum(1 for _ in lines)}

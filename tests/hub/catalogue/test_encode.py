@@ -22,6 +22,7 @@ from hub.catalogue.encoder import ItemEncoder
 from hub.catalogue.item_tables import TableError, open_items
 from hub.catalogue.shards import MANIFEST, REJECTS, ShardError
 from hub.encode import encode
+from modeling_notellm2 import Precision
 from tests.support.catalogue import (
     SMALL,
     arguments,
@@ -175,7 +176,8 @@ def test_exit_codes_and_summary(messy, table, tiny_model_folder, tmp_path, monke
             return 1, capsys.readouterr().out, str(end.code)
 
     code, out, _ = run(table, "all")
-    assert (code, out) == (0, f"{tmp_path / 'all'}: 70 items, 24 dimensions as float32, shards: 5\n")
+    precision = "Precision: float32 (asked for)\n"
+    assert (code, out) == (0, f"{precision}{tmp_path / 'all'}: 70 items, 24 dimensions as float32, shards: 5\n")
     code, out, _ = run(messy, "some")
     assert code == 3
     assert "28 items" in out
@@ -250,3 +252,25 @@ def test_batches_hold_items_of_like_length(table, tiny_model_folder):
     for kind in (False, True):
         lengths = [len(ids) for ids, has in zip(block.input_ids, with_image, strict=True) if has is kind]
         assert lengths == sorted(lengths)
+
+
+def test_auto_is_what_the_machine_has_and_another_machine_has_another_job(
+    table, tiny_model_folder, tmp_path, monkeypatch, capsys
+):
+    """Going on where bfloat16 is slow would mix two precisions in one catalogue: refused, with what to do."""
+
+    def machine(name):
+        monkeypatch.setattr(
+            encode_module, "choose_precision", lambda dtype, device: Precision(name, f"{dtype} on {device}")
+        )
+
+    machine("bfloat16")
+    job = arguments(tiny_model_folder, table, tmp_path / "out", dtype="auto")
+    manifest = encode(job)
+    assert capsys.readouterr().out.startswith("Precision: bfloat16 (auto on cpu)\n")
+    assert manifest["job"]["settings"]["dtype"] == "bfloat16"
+    assert manifest["made_with"]["precision"] == {"name": "bfloat16", "reason": "auto on cpu"}
+    assert encode(job)["shards"] == manifest["shards"]
+    machine("float32")
+    with pytest.raises(ShardError, match=r"choose another --output.* settings.dtype was bfloat16, now float32"):
+        encode(job)

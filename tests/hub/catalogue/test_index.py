@@ -257,7 +257,8 @@ def test_commands(encoded, table, tmp_path, monkeypatch, capsys):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "nine.png").write_bytes(png(9))
     (tmp_path / "item.json").write_text(json.dumps({**item, "image": "pictures/nine.png"}))
-    printed = run(monkeypatch, capsys, "search", "--index", output, "--item", tmp_path / "item.json", "-k", 1)
+    options = ("--item", tmp_path / "item.json", "-k", 1, "--dtype", "float32")  # as the catalogue was encoded
+    printed = run(monkeypatch, capsys, "search", "--index", output, *options)
     assert "│ 1 │ 1.0000 │ n9 " in printed
     (tmp_path / "item.json").write_text(json.dumps({"image": "pictures/none.png"}))
     with pytest.raises(SystemExit, match="none.png does not exist"):

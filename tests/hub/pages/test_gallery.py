@@ -75,6 +75,7 @@ def page(tiny_model_folder, tmp_path_factory) -> Path:
             label_column="kind",
             pairs=str(folder / "pairs.csv"),
             title="A & B <look>",
+            dtype="float32",
         )
     )
     return folder / "page.html"

@@ -39,7 +39,7 @@ def evaluated(coloured_tables, tiny_model_folder, other_folder, tmp_path_factory
         *(sys.executable, "training/evaluate.py", "--model", tiny_model_folder, "--compare", other_folder),
         *("--items", coloured_tables / "items.parquet", "--pairs", coloured_tables / "test.jsonl"),
         *("--train_pairs", coloured_tables / "train.jsonl", "--eval_split", "test", "--label_column", "colour"),
-        *("--output", output, "--resamples", "200", "--ks", "1", "5", "20", "--examples", "4"),
+        *("--output", output, "--resamples", "200", "--ks", "1", "5", "20", "--examples", "4", "--dtype", "float32"),
     ]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

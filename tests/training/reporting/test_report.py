@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from tests.support.browser import open_page
-from training.evaluation.embed import evaluate
+from training.evaluation.embed import embed, evaluate
 from training.evaluation.evidence import evaluate_whole
 from training.report import headline, write_report
 from training.run import run
@@ -150,6 +150,8 @@ def test_a_report_that_fails_costs_no_model(tables, tiny_model_folder, tmp_path,
         evaluate_whole(*arguments)
         raise MemoryError
 
+    passes = []
+    monkeypatch.setattr("training.evaluation.embed.embed", lambda *given: (passes.append(given[4]), embed(*given))[1])
     monkeypatch.setattr("training.run.evaluate_whole", fail)
     with pytest.raises(MemoryError):
         train(tiny_model_folder, tmp_path / "tables", folder, check_images=False)
@@ -157,6 +159,7 @@ def test_a_report_that_fails_costs_no_model(tables, tiny_model_folder, tmp_path,
     assert not (folder / "report.html").exists()
     lines = (folder / "rejects.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["ids"] == ["i90"] for line in lines) == 1
+    assert passes == ["both", "both", "image", "text"]  # before, and after: once for metrics.json and the page alike
 
 
 def test_nothing_from_outside_and_no_text_is_markup(finished):

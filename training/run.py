@@ -39,6 +39,7 @@ from training.trainer.batches import ItemCollator, PairCollator, PairDataset, ca
 from training.trainer.checkpoints import checkpoint_to_resume
 from training.trainer.false_negatives import FalseNegatives
 from training.trainer.sampling import item_lengths
+from training.trainer.stopping import stoppable
 from training.trainer.trainer import NoteLLM2Trainer
 from training.trainer.vision_cache import VisionCache
 
@@ -209,7 +210,8 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
     clock.lap("saliency_before")
     report["baselines"] = measure_baselines(data, features, arguments.seed) if tables.report_baselines else {}
     clock.lap("baselines")
-    trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with stoppable(trainer):
+        trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     clock.lap("train")
     trainer.leave_autocast()
     embedded = list(embed_views())

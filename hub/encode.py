@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -41,6 +41,7 @@ from hub.catalogue.shards import (
     read_rejects,
 )
 from modeling_notellm2 import DTYPES, Precision, choose_precision
+from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
 
 
@@ -79,14 +80,14 @@ class EncodeArguments:
         default="cuda" if torch.cuda.is_available() else "cpu",
         metadata={"help": "Where the model runs, e.g. cpu, cuda, cuda:1; by default a GPU if there is one."},
     )
-    batch_size: int = field(default=32, metadata={"help": "Items in a batch."})
-    rows_per_block: int = field(
+    batch_size: AtLeastOne = field(default=32, metadata={"help": "Items in a batch."})
+    rows_per_block: AtLeastOne = field(
         default=256, metadata={"help": "Rows sorted by length and prepared together; bounds the memory."}
     )
-    rows_per_shard: int = field(
+    rows_per_shard: AtLeastOne = field(
         default=8192, metadata={"help": "Rows of a shard, a multiple of --rows_per_block; a kill loses less than one."}
     )
-    num_workers: int = field(
+    num_workers: NotNegative = field(
         default=min(8, max(1, (os.cpu_count() or 2) // 2)),
         metadata={"help": "Processes that open pictures and tokenize while the model runs; 0: no extra process."},
     )
@@ -97,9 +98,16 @@ class EncodeArguments:
     ray_address: str | None = field(
         default=None, metadata={"help": "Of a running Ray cluster, or 'auto'; none: this machine alone."}
     )
-    ray_actors: int = field(default=1, metadata={"help": "With Ray: processes that run the model."})
-    ray_cpus_per_actor: int = field(default=1, metadata={"help": "With Ray: CPUs, and threads, of each of them."})
-    ray_gpus_per_actor: float = field(default=0.0, metadata={"help": "With Ray: GPUs of each of them."})
+    ray_actors: AtLeastOne = field(default=1, metadata={"help": "With Ray: processes that run the model."})
+    ray_cpus_per_actor: AtLeastOne = field(
+        default=1, metadata={"help": "With Ray: CPUs, and threads, of each of them."}
+    )
+    ray_gpus_per_actor: Annotated[float, Bounds(0)] = field(
+        default=0.0, metadata={"help": "With Ray: GPUs of each of them."}
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 def encode(arguments: EncodeArguments) -> dict[str, Any]:

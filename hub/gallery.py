@@ -30,6 +30,7 @@ from hub.catalogue.item_tables import ItemTable, TableRow, open_items
 from hub.pages.gallery import View, nearest, write_gallery
 from modeling_notellm2 import DTYPES, choose_precision
 from modeling_notellm2.rows_notellm2 import BadRow, item_from_row, read_csv_rows, read_json_rows, row_id
+from training.tables.bounds import AtLeastOne, check_bounds
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
 from training.tables.files import write_text
 
@@ -54,11 +55,11 @@ class GalleryArguments:
         metadata={"help": "Item table: Parquet file or folder of them, .jsonl, .csv, image folder, or Hub dataset."}
     )
     output: str = field(metadata={"help": "HTML file to write; an earlier one is replaced."})
-    queries: int = field(
+    queries: AtLeastOne = field(
         default=12, metadata={"help": "Items drawn to ask with; with --pairs those that have a partner."}
     )
     query_ids: list[str] | None = field(default=None, metadata={"help": "Ids of the items to ask with instead."})
-    neighbours: int = field(default=8, metadata={"help": "Neighbours in each row.", "aliases": ["-k"]})
+    neighbours: AtLeastOne = field(default=8, metadata={"help": "Neighbours in each row.", "aliases": ["-k"]})
     label_column: str | None = field(
         default=None, metadata={"help": "Column of a .parquet, .jsonl or .csv table; equal labels are marked."}
     )
@@ -66,7 +67,7 @@ class GalleryArguments:
         default=None, metadata={"help": "Pair table (.parquet, .jsonl, .csv); true partners are marked."}
     )
     title: str = field(default="Nearest neighbours", metadata={"help": "Of the page."})
-    batch_size: int = field(default=32, metadata={"help": "Items in a batch."})
+    batch_size: AtLeastOne = field(default=32, metadata={"help": "Items in a batch."})
     device: str = field(
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where the model runs."}
     )
@@ -75,6 +76,9 @@ class GalleryArguments:
         metadata={"help": "Type of the weights; auto: bfloat16 where the machine has it.", "choices": list(DTYPES)},
     )
     seed: int = field(default=0, metadata={"help": "Of the draw of queries."})
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
@@ -182,8 +186,6 @@ def gallery(arguments: GalleryArguments) -> Catalogue:
         ValueError: for tables, ids or numbers that can't be used.
         OSError: for a model or file that can't be read.
     """
-    if arguments.neighbours < 1 or arguments.queries < 1:
-        raise ValueError("--neighbours and --queries must be at least 1.")
     labels = read_labels(arguments.items, arguments.label_column) if arguments.label_column else None
     table = open_items(arguments.items)
     config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)

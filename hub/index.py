@@ -32,6 +32,7 @@ from hub.catalogue.exports import FORMATS, export
 from hub.catalogue.item_tables import TableRow, open_items
 from hub.encode import describe_model, find_model
 from modeling_notellm2 import DTYPES, choose_precision
+from training.tables.bounds import AtLeastOne, check_bounds
 from training.tables.commands import DONE, OptionError, command, parse, plain_console
 from training.tables.files import write_json
 
@@ -73,7 +74,7 @@ class SearchArguments:
     item: str | None = field(
         default=None, metadata={"help": "JSON file of an item; its image path starts at the file's folder."}
     )
-    k: int = field(default=20, metadata={"help": "Number of neighbours.", "aliases": ["-k"]})
+    k: AtLeastOne = field(default=20, metadata={"help": "Number of neighbours.", "aliases": ["-k"]})
     model: str | None = field(
         default=None, metadata={"help": "With --item: where the model is now; none: where it was when encoding."}
     )
@@ -81,6 +82,9 @@ class SearchArguments:
         default="auto",
         metadata={"help": "With --item: type of the model's weights; auto: as the machine.", "choices": list(DTYPES)},
     )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass
@@ -277,10 +281,10 @@ def make_index(kind: str, width: int, parameters: dict[str, int]) -> Any:
     if kind == "flat":
         return faiss.IndexFlatIP(width)
     if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(width, parameters["links"], faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = parameters["candidates_building"]
-        index.hnsw.efSearch = parameters["candidates_searching"]
-        return index
+        graph = faiss.IndexHNSWFlat(width, parameters["links"], faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction = parameters["candidates_building"]
+        graph.hnsw.efSearch = parameters["candidates_searching"]
+        return graph
     clusters = faiss.IndexFlatIP(width)
     index = faiss.IndexIVFPQ(
         clusters, width, parameters["nlist"], parameters["code_bytes"], PQ_BITS, faiss.METRIC_INNER_PRODUCT

@@ -40,7 +40,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ from training.evaluation.slices import (
 )
 from training.reporting.evaluation_plots import draw_plots
 from training.reporting.evaluation_tables import as_markdown, show
+from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands import DONE, command, parse
 from training.tables.files import write_json, write_text
 from training.tables.items import ItemTable, TableError, load_items, load_pairs
@@ -86,28 +87,37 @@ from training.trainer.batches import ItemCollator
 from training.trainer.vision_cache import VisionCache
 
 
+MOST_K = 1_000_000
+"""Largest cut-off of recall@k: no list of recommendations is longer."""
+
+
 @dataclass
 class MeasureOptions:
     """What is measured, and how surely."""
 
-    ks: list[int] = field(default_factory=lambda: [1, 10, 100], metadata={"help": "Cut-offs of recall@k and nDCG@k."})
-    resamples: int = field(default=1000, metadata={"help": "Draws of the bootstrap, and of the permutation test."})
-    confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
-    seed: int = field(default=0, metadata={"help": "Of all draws."})
-    length_thresholds: list[int] = field(
+    ks: list[Annotated[int, Bounds(1, MOST_K)]] = field(
+        default_factory=lambda: [1, 10, 100], metadata={"help": "Cut-offs of recall@k and nDCG@k."}
+    )
+    resamples: AtLeastOne = field(
+        default=1000, metadata={"help": "Draws of the bootstrap, and of the permutation test."}
+    )
+    confidence: Annotated[float, Bounds(0, 1, open=True)] = field(default=0.95, metadata={"help": "Of the intervals."})
+    seed: NotNegative = field(default=0, metadata={"help": "Of all draws."})
+    length_thresholds: list[NotNegative] = field(
         default_factory=list,
         metadata={
             "help": "Most characters of a short text and of a medium one (two numbers); none: the quartiles of the "
             "queries' and of the targets' texts."
         },
     )
-    top_categories: int = field(default=10, metadata={"help": "Categories with a slice of their own."})
-    examples: int = field(default=12, metadata={"help": "Best queries, and worst queries, that are listed."})
-    neighbours: int = field(default=5, metadata={"help": "Nearest candidates listed with each of them."})
+    top_categories: NotNegative = field(default=10, metadata={"help": "Categories with a slice of their own."})
+    examples: NotNegative = field(default=12, metadata={"help": "Best queries, and worst queries, that are listed."})
+    neighbours: NotNegative = field(default=5, metadata={"help": "Nearest candidates listed with each of them."})
 
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"ks are positive cut-offs; got {self.ks}.")
+        check_bounds(self)
         self.ks = sorted(set(self.ks))
         self.bootstrap = Bootstrap(self.resamples, self.confidence, self.seed)
 
@@ -138,13 +148,16 @@ class EvaluateArguments:
     train_pairs: str | None = field(
         default=None, metadata={"help": "Pair table of the training, for slices by popularity and of unseen items."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Items embedded at once."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that open images."})
+    batch_size: AtLeastOne = field(default=32, metadata={"help": "Items embedded at once."})
+    num_workers: NotNegative = field(default=0, metadata={"help": "Processes that open images."})
     device: str | None = field(default=None, metadata={"help": "Where the model runs; none: a GPU if there is one."})
     dtype: str = field(
         default="auto",
         metadata={"help": "Type of the weights; auto: bfloat16 where the machine has it.", "choices": list(DTYPES)},
     )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True)

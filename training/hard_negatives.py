@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import faiss
 import numpy as np
@@ -26,7 +27,8 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_notellm2 import DTYPES, choose_precision
 from training.evaluation.embed import embed
-from training.tables.commands import DONE, command, parse
+from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
+from training.tables.commands import DONE, OptionError, command, parse
 from training.tables.files import atomic_write
 from training.tables.items import ItemTable, MatchedPairs, load_items, match_pairs
 from training.trainer.batches import ItemCollator
@@ -55,13 +57,13 @@ class HardNegativesArguments:
         default=None,
         metadata={"help": "Of CSV and JSON lines tables, e.g. gbk or latin-1; none: UTF-8, or as their mark says."},
     )
-    negatives: int = field(default=4, metadata={"help": "Negatives of each pair."})
-    ceiling: float = field(
+    negatives: AtLeastOne = field(default=4, metadata={"help": "Negatives of each pair."})
+    ceiling: Annotated[float, Bounds(-1, 1)] = field(
         default=0.95, metadata={"help": "Highest cosine similarity to the query, as a share of the target's."}
     )
-    neighbours: int = field(default=100, metadata={"help": "Nearest items of a query that are considered."})
-    batch_size: int = field(default=64, metadata={"help": "Items embedded at once."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that open images to hash them."})
+    neighbours: AtLeastOne = field(default=100, metadata={"help": "Nearest items of a query that are considered."})
+    batch_size: AtLeastOne = field(default=64, metadata={"help": "Items embedded at once."})
+    num_workers: NotNegative = field(default=0, metadata={"help": "Processes that open images to hash them."})
     device: str | None = field(default=None, metadata={"help": "Where the model runs; none: a GPU if there is one."})
     dtype: str = field(
         default="auto",
@@ -69,11 +71,9 @@ class HardNegativesArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.negatives < 1 or self.neighbours < self.negatives or self.ceiling > 1:
-            raise ValueError(
-                f"negatives {self.negatives} must be at least 1 and at most neighbours {self.neighbours}, and ceiling "
-                f"{self.ceiling} at most 1."
-            )
+        check_bounds(self)
+        if self.neighbours < self.negatives:
+            raise OptionError(f"--negatives is {self.negatives}; it must be at most --neighbours, {self.neighbours}.")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import training.tables.own_folder  # noqa: F401  # isort: skip
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,7 +40,8 @@ from training.mining.cooccurrence import (
     plan_parts,
     users_per_item,
 )
-from training.mining.engines import kept, opened, read_log
+from training.mining.engines import engine_errors, kept, opened, read_log
+from training.mining.logs import REJECTS_LISTED, BrokenRows
 from training.tables.commands import DONE, command, parse, plain_console
 from training.tables.files import atomic_write
 
@@ -48,8 +49,6 @@ from training.tables.files import atomic_write
 PAIR_SCHEMA = pa.schema(
     [("query_id", pa.string()), ("target_id", pa.string()), ("score", pa.float64()), ("users", pa.int64())]
 )
-REJECTS_LISTED = 100_000
-"""Of each kind; more are counted only, so that a log of garbage can't fill memory or disk."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,7 @@ def mine(arguments: MiningArguments) -> Mined:
         def keep(table: Table) -> Table:
             return stack.enter_context(kept(backend, table))
 
-        raw = read_log(backend, arguments.interactions, keep)
-        rows = check_rows(raw.rows, arguments.timestamp_unit)
-        rejected = write_rejects(raw.broken, keep(rows.filter(rows.reason.notnull())), rejects_of(output))
-        usable = keep(rows.filter(rows.reason.isnull()).select("user_id", "item_id", "time"))
+        rejected, usable = read_usable(backend, arguments, Path(folder), rejects_of(output), keep)
         if not _count(usable):
             listed = ", ".join(f"{reason} ({count:,})" for reason, count in rejected.items())
             raise MiningError(f"No row of the log is usable: {listed or 'it is empty'}. See {rejects_of(output)}.")
@@ -96,6 +92,25 @@ def mine(arguments: MiningArguments) -> Mined:
             }
         counts = {name: mine_side(backend, log, arguments, path, name) for name, (log, path) in sides.items()}
     return Mined(rejected, counts)
+
+
+def read_usable(
+    backend: BaseBackend, arguments: MiningArguments, folder: Path, rejects: Path, keep: Callable[[Table], Table]
+) -> tuple[dict[str, int], Table]:
+    """The usable rows of the log, kept (user_id, item_id, time), and the others counted by reason and listed.
+
+    Where the engine stumbles over a file (a damaged page, bytes that aren't UTF-8), all is read anew, carefully.
+    """
+    for native in (True, False):
+        try:
+            raw = read_log(backend, arguments.interactions, folder, arguments.encoding, arguments.comment, native)
+            rows = check_rows(raw.rows, arguments.timestamp_unit)
+            rejected = write_rejects(raw.broken, keep(rows.filter(rows.reason.notnull())), rejects)
+            return rejected, keep(rows.filter(rows.reason.isnull()).select("user_id", "item_id", "time"))
+        except engine_errors(backend):
+            if not native:
+                raise
+    raise AssertionError
 
 
 def mine_side(backend: BaseBackend, log: Table, arguments: MiningArguments, output: Path, name: str) -> dict[str, int]:
@@ -150,7 +165,7 @@ def prepared(
         all_users = step(items_per_user(numbered))
         users = all_users.filter(all_users["items"] <= arguments.max_items_per_user)
         popularity = step(users_per_item(numbered.semi_join(users, "user")))
-        items = popularity.filter(popularity.users <= int(arguments.popularity_cap * _count(users)))
+        items = popularity.filter(popularity.users <= arguments.most_users(_count(users)))
         counts = {
             "interactions": _count(numbered),
             "users": _count(all_users),
@@ -165,22 +180,21 @@ def prepared(
             yield events, counts | {"interactions that can form pairs": _count(events)}
 
 
-def write_rejects(broken: Table | None, rejects: Table, path: Path) -> dict[str, int]:
+def write_rejects(broken: BrokenRows, rejects: Table, path: Path) -> dict[str, int]:
     """Count the rows that can't be used by reason, and list them, one JSON line for each.
 
     Args:
-        broken: lines that are no row, with the reason.
+        broken: what is no row.
         rejects: rows with the reason; of either kind, the first `REJECTS_LISTED` are listed.
     """
     ids = {name: rejects[name].cast("string") for name in LOG_COLUMNS}
     rejects = rejects.select(**ids, reason=rejects.reason).order_by("reason", *LOG_COLUMNS)
-    counts: dict[str, int] = {}
+    by_reason = rejects.group_by("reason").agg(rows=rejects.count()).order_by("reason").execute()
+    counts = dict(sorted(broken.counts.items()))
+    counts |= {reason: int(count) for reason, count in by_reason.itertuples(index=False)}
     with atomic_write(path) as place, place.open("w", encoding="utf-8") as stream:
-        for table in (rejects,) if broken is None else (broken.order_by("line"), rejects):
-            by_reason = table.group_by("reason").agg(rows=table.count()).order_by("reason").execute()
-            counts |= {reason: int(count) for reason, count in by_reason.itertuples(index=False)}
-            for row in table.limit(REJECTS_LISTED).to_pyarrow().to_pylist():
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for row in (*broken.listed, *rejects.limit(REJECTS_LISTED).to_pyarrow().to_pylist()):
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     return counts
 
 

@@ -27,7 +27,7 @@ def explain(trainer: NoteLLM2Trainer, data: "RunData") -> dict[str, Any]:
     """
     rows = {item_id: row for row, item_id in enumerate(data.eval_items.item_ids)}
     met: set[str] = set()
-    pairs = []
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for query, target in data.eval_pairs:
         if len(pairs) == SALIENCY_PAIRS:
             break

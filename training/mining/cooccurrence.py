@@ -16,17 +16,30 @@ order, so that every engine and every number of threads gives the same scores, a
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Annotated
 
 import ibis
 from ibis import Table
-from ibis.expr.types import BooleanValue, Column, IntegerColumn, IntegerValue
+from ibis.expr.types import BooleanValue, Column, FloatingValue, IntegerValue
+
+from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 
 
-LOG_COLUMNS = ("user_id", "item_id", "timestamp")
+IDS = ("user_id", "item_id")
+LOG_COLUMNS = (*IDS, "timestamp")
 UNIT = 1 << 40
 """Scores are summed as integers in units of 1 / UNIT."""
 
 MILLISECONDS = {"s": 1000, "ms": 1, "us": 0.001}
+NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+MOMENT = (
+    r"^[0-9]{4}([-/])[0-9]{2}[-/][0-9]{2}"
+    r"([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]+)?)?"
+    r"( ?(Z|UTC|GMT)|[+-](0[0-9]|1[0-4])(:?[0-5][0-9])?)?)?$"
+)
+"""ISO 8601, with a blank or a T before the time, and slashes in the date."""
+ZONE_WORD = r" ?(Z|UTC|GMT)$"
 FIRST_TIME, LAST_TIME = -62_135_596_800_000, 253_402_300_799_999
 """The years 1 to 9999. A time outside is a misread unit."""
 
@@ -41,8 +54,8 @@ class MiningArguments:
 
     interactions: str = field(
         metadata={
-            "help": "The log, with columns user_id, item_id, timestamp: a .parquet, .csv or .jsonl file, a glob of such "
-            "files in quotes, or a folder of Parquet files."
+            "help": "The log, with columns user_id, item_id, timestamp: a .parquet, .csv or .jsonl file, a folder of such, "
+            "a glob in quotes, or a URL."
         }
     )
     output: str = field(metadata={"help": "Parquet file for the pairs: query_id, target_id, score, users."})
@@ -63,21 +76,32 @@ class MiningArguments:
         metadata={"help": "A pause longer than this ends a session, and pairs don't reach across; none: no sessions."},
     )
     symmetric: bool = field(default=False, metadata={"help": "Count A and B within the window in either order."})
-    min_users: int = field(default=1, metadata={"help": "Drop pairs of fewer users."})
-    lower_score: float = field(default=0.0, metadata={"help": "Drop pairs with a lower score: accidents."})
-    upper_score: float = field(default=math.inf, metadata={"help": "Drop pairs with a higher score: outliers."})
-    top_targets: int = field(
+    min_users: AtLeastOne = field(default=1, metadata={"help": "Drop pairs of fewer users."})
+    lower_score: Annotated[float, Bounds(0)] = field(
+        default=0.0, metadata={"help": "Drop pairs with a lower score: accidents."}
+    )
+    upper_score: Annotated[float, Bounds(0)] = field(
+        default=math.inf, metadata={"help": "Drop pairs with a higher score: outliers."}
+    )
+    top_targets: NotNegative = field(
         default=10, metadata={"help": "Keep the so many best targets of each item (ties: the lower id); 0: all."}
     )
     popularity_cap: float = field(
         default=1.0,
         metadata={"help": "Items of more than this share of the users form no pairs; N_u still counts them."},
     )
-    max_items_per_user: int = field(
+    max_items_per_user: Annotated[int, Bounds(2)] = field(
         default=1000,
         metadata={"help": "Users of more different items are taken for robots: as if they were not in the log."},
     )
-    candidates_per_part: int = field(
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "Of .csv and .jsonl files without a byte-order mark, e.g. gb18030; none: UTF-8."},
+    )
+    comment: str | None = field(
+        default=None, metadata={"help": "What comment lines above the header of .csv files begin with, e.g. '#'."}
+    )
+    candidates_per_part: AtLeastOne = field(
         default=40_000_000,
         metadata={
             "help": "About so many pairs of interactions are compared at once, unless a single item has more: bounds "
@@ -100,16 +124,17 @@ class MiningArguments:
             raise MiningError(f"--timestamp_unit is {self.timestamp_unit!r}; expected s, ms or us.")
         if self.engine not in ("duckdb", "pyspark"):
             raise MiningError(f"--engine is {self.engine!r}; expected duckdb or pyspark.")
-        if not 0 < self.window_ms <= LAST_TIME or (self.session_gap_minutes is not None and self.session_gap_ms <= 0):
+        if not 0 < self.window_ms <= LAST_TIME or (self.session_gap_ms is not None and self.session_gap_ms <= 0):
             raise MiningError("--window_days and --session_gap_minutes must be at least a millisecond.")
         if not 0 < self.popularity_cap <= 1:
             raise MiningError(f"--popularity_cap is {self.popularity_cap}; a share of the users lies above 0, up to 1.")
-        if self.max_items_per_user < 2 or self.candidates_per_part < 1 or self.top_targets < 0:
-            raise MiningError(
-                "--max_items_per_user must be at least 2, --candidates_per_part at least 1, --top_targets at least 0."
-            )
+        check_bounds(self)
         if self.lower_score > self.upper_score:
             raise MiningError(f"--lower_score {self.lower_score} is above --upper_score {self.upper_score}.")
+
+    def most_users(self, users: int) -> int:
+        """Users of an item at the popularity cap, exactly: 29 of 100 for 0.29, which as a float is a little less."""
+        return math.floor(Fraction(str(self.popularity_cap)) * users)
 
     @property
     def window_ms(self) -> int:
@@ -126,16 +151,15 @@ def check_rows(log: Table, timestamp_unit: str) -> Table:
     """Every row of a raw log with its time, or with the reason why it can't be used.
 
     Args:
-        log: `LOG_COLUMNS`, of any type; a timestamp is a number, text (a number or ISO 8601), or a time.
+        log: `LOG_COLUMNS`, texts without blanks around them; ids are text or integers, a timestamp is a number, text (a
+            number or ISO 8601), or a time.
 
     Returns:
-        `LOG_COLUMNS` as they were (text without surrounding blanks), time (int64 milliseconds since 1970, UTC), reason
-        (null for a usable row).
+        `LOG_COLUMNS` as they were, time (int64 milliseconds since 1970, UTC), reason (null for a usable row).
     """
-    log = log.select(**{name: _stripped(log[name]) for name in LOG_COLUMNS})
     rows = log.mutate(time=_milliseconds(log.timestamp, timestamp_unit))
     lacks = [
-        (rows[name] == "") | rows[name].isnull() if _is_text(rows[name]) else rows[name].isnull()
+        rows[name].isnull() | (rows[name] == "") if rows[name].type().is_string() else rows[name].isnull()
         for name in LOG_COLUMNS
     ]
     reason = ibis.cases(
@@ -294,44 +318,53 @@ def best_targets(pairs: Table, items: Table, arguments: MiningArguments) -> Tabl
     return pairs.select("query_id", "target_id", "score", "users")
 
 
-def _is_text(column: Column) -> bool:
-    return column.type().is_string()
-
-
-def _stripped(column: Column) -> Column:
-    return column.strip() if _is_text(column) else column
-
-
 def _reach(arguments: MiningArguments) -> list[int]:
     """Where the partner's bucket may lie, from a query's own."""
     return [-1, 0, 1] if arguments.symmetric else [0, 1]
 
 
-def _milliseconds(timestamp: Column, unit: str) -> IntegerColumn:
+def _milliseconds(timestamp: Column, unit: str) -> IntegerValue:
     """Milliseconds since 1970 (UTC), null where they can't be read."""
     kind = timestamp.type()
     if kind.is_numeric():
         return _from_number(timestamp.cast("float64"), unit)
-    if kind.is_string():
-        text = timestamp.strip()
-        return ibis.coalesce(
-            _from_number(text.try_cast("float64"), unit), _from_moment(text.try_cast("timestamp('UTC')"))
-        )
     if kind.is_timestamp() or kind.is_date():
         return _from_moment(timestamp)
-    raise MiningError(f"The column timestamp is of type {kind}; expected a number, text or a time.")
+    text = timestamp.cast("string")
+    # Each engine reads words, hours alone and more of its own as times: all but numbers and ISO 8601 is kept from them.
+    number = ibis.ifelse(text.re_search(NUMBER), text, None).try_cast("float64")
+    moment = ibis.ifelse(text.re_search(MOMENT), text, None)
+    moment = moment.replace("/", "-").re_replace(ZONE_WORD, "Z")
+    to_minutes = moment.left(16)  # Spark wants seconds before an offset
+    without_seconds = (moment.length() >= 16) & (moment.substr(16, 1) != ":")
+    moment = ibis.ifelse(without_seconds, to_minutes + ":00" + moment.substr(16), moment)
+    return ibis.coalesce(_from_number(number, unit), _from_moment(moment.try_cast("timestamp('UTC')")))
 
 
-def _from_number(value: Column, unit: str) -> IntegerValue:
+def _from_number(value: FloatingValue, unit: str) -> IntegerValue:
     milliseconds = value * MILLISECONDS[unit]
     known = milliseconds.between(
         float(FIRST_TIME), float(LAST_TIME)
     )  # false for NaN and infinity, which have no integer
-    return ibis.ifelse(known, milliseconds, None).round().cast("int64")
+    return ibis.ifelse(known & ~_is_date(value), milliseconds, None).round().cast("int64")
+
+
+def _is_date(value: FloatingValue) -> BooleanValue:
+    """Whether a number is a date as digits, 20240701, or one with hours and minutes, or seconds too, behind it.
+
+    As a count since 1970 such a number would be a time that nobody meant.
+    """
+    dates = []
+    for digits in (1, 10**4, 10**6):
+        date = (value / digits).floor()
+        month, day = (date / 100).floor() % 100, date % 100
+        dates.append(date.between(19000101, 21001231) & month.between(1, 12) & day.between(1, 31))
+    return (value == value.floor()) & (dates[0] | dates[1] | dates[2])
 
 
 def _from_moment(value: Column) -> IntegerValue:
     moment = value.cast("timestamp")
     known = moment.between(ibis.timestamp("0001-01-01"), ibis.timestamp("9999-12-31T23:59:59"))
     epoch = ibis.timestamp("1970-01-01")
-    return ibis.ifelse(known, moment, None).delta(epoch, unit="millisecond")
+    # Cut first: before 1970 the engines round a difference in opposite directions.
+    return ibis.ifelse(known, moment, None).truncate("ms").delta(epoch, unit="millisecond")

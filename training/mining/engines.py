@@ -1,26 +1,25 @@
-"""What runs the mining expressions: DuckDB in this process, or Spark; and how each reads a log without losing a row.
+"""What runs the mining expressions: DuckDB in this process, or Spark; and how each reads the files of a log alike."""
 
-Logs in text are read as text throughout: an id of digits stays what it is, and one odd value can't refuse a file.
-"""
-
-import glob
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
 import duckdb
 import ibis
+import pyarrow as pa
 from ibis import Table
 from ibis.backends import BaseBackend
+from ibis.expr.types import StringValue
 
-from training.mining.cooccurrence import LOG_COLUMNS, MiningArguments, MiningError
+from training.mining.cooccurrence import IDS, LOG_COLUMNS, MiningArguments, MiningError
 from training.mining.java import provide_java
+from training.mining.logs import BrokenRows, LogFiles, is_integer, open_log
+from training.tables.texts import BLANKS
 
 
-CORRUPT = "_corrupt_record"
-Keep = Callable[[Table], Table]
 _names = count()
 
 
@@ -29,12 +28,12 @@ class RawLog:
     """A log as it stands in its files.
 
     Attributes:
-        rows: `LOG_COLUMNS`, of any type.
-        broken: `line` and `reason` of the lines that are no row. (DuckDB gives a line that is no JSON as a row of nulls.)
+        rows: `LOG_COLUMNS`; ids are trimmed text, or integers where all files have such.
+        broken: what is no row.
     """
 
     rows: Table
-    broken: Table | None = None
+    broken: BrokenRows = field(default_factory=BrokenRows)
 
 
 @contextmanager
@@ -58,9 +57,11 @@ def opened(arguments: MiningArguments, spill: Path) -> Iterator[BaseBackend]:
     backend = ibis.duckdb.connect(
         memory_limit=arguments.memory_limit,
         temp_directory=str(spill),
+        autoinstall_known_extensions=False,  # nothing is fetched unasked
         preserve_insertion_order=False,  # keeping the log's order would cost memory; results are ordered at the end
     )
     backend.settings["enable_progress_bar"] = False  # there is one over all parts
+    backend.settings["TimeZone"] = "UTC"
     try:
         yield backend
     except duckdb.OutOfMemoryException as error:
@@ -70,6 +71,15 @@ def opened(arguments: MiningArguments, spill: Path) -> Iterator[BaseBackend]:
         raise MiningError(f"DuckDB: {error}") from error
     finally:
         backend.disconnect()
+
+
+def engine_errors(backend: BaseBackend) -> tuple[type[Exception], ...]:
+    """What the engine raises for a file that it can't read."""
+    if backend.name == "pyspark":
+        from pyspark.errors import PySparkException  # only for those who ask for it
+
+        return (PySparkException,)
+    return (duckdb.InvalidInputException, duckdb.IOException, duckdb.ConversionException, duckdb.SerializationException)
 
 
 def _spark(master: str) -> BaseBackend:
@@ -95,72 +105,99 @@ def kept(backend: BaseBackend, table: Table) -> Iterator[Table]:
     backend.raw_sql(f"DROP TABLE {name}")
 
 
-def read_log(backend: BaseBackend, source: str, keep: Keep) -> RawLog:
-    """Open a log.
+def read_log(
+    backend: BaseBackend,
+    source: str,
+    folder: Path,
+    encoding: str | None = None,
+    comment: str | None = None,
+    native: bool = True,
+) -> RawLog:
+    """Open a log; see `training.mining.logs.open_log`.
 
     Args:
-        source: a file, a glob, or a folder of Parquet files.
-        keep: as `kept` does, for as long as the log is used.
+        folder: for files that are brought to Parquet first; needed as long as the log is.
 
     Raises:
-        MiningError: when there is no such file, it is of another type, or it lacks a column.
+        MiningError: when there is no such file, it is of another type, or no file has a column.
     """
-    folder = Path(source).is_dir()
-    suffix = ".parquet" if folder else Path(source).suffix.lower()
-    pattern = f"{source}/**/*.parquet" if folder else source
-    if "://" not in source and not glob.glob(pattern, recursive=True):
-        raise MiningError(f"{source}: no such file" + (", or no .parquet file in it." if folder else "."))
-    if suffix == ".parquet":
-        paths = pattern if backend.name == "duckdb" else source
-        log = RawLog(backend.read_parquet(paths))
-    elif suffix in (".csv", ".jsonl"):
-        log = _READERS[backend.name, suffix](backend, source, keep)
+    if backend.name == "pyspark" and "://" in source and Path(source).suffix.lower() not in (".csv", ".jsonl"):
+        return RawLog(_of_cluster(backend.read_parquet(source), source))
+    groups, broken = open_log(source, folder, encoding, comment, native)
+    integer_ids = [name for name in IDS if all(is_integer(group.types[name]) for group in groups)]
+    same_times = len({str(group.types["timestamp"]) for group in groups}) == 1
+    tables = []
+    for group in groups:
+        table = _parquet(backend, group)
+        columns = {}
+        for name in IDS:
+            if name in integer_ids:
+                columns[name] = table[name].cast("int64")
+            else:
+                text = table[name].cast("string")
+                columns[name] = text if group.trimmed else _trimmed(backend, text)
+        time = table["timestamp"] if same_times else table["timestamp"].cast("string")
+        if time.type().is_string() and not group.trimmed:
+            time = _trimmed(backend, time)
+        tables.append(table.select(**columns, timestamp=time))
+    return RawLog(ibis.union(*tables) if len(tables) > 1 else tables[0], broken)
+
+
+def _parquet(backend: BaseBackend, files: LogFiles) -> Table:
+    """`LOG_COLUMNS` of files of one schema; null where they lack one."""
+    lacking = [name for name, kind in files.types.items() if pa.types.is_null(kind)]
+    view = f"log_{next(_names)}"
+    if backend.name == "pyspark":
+        from pyspark.sql import SparkSession
+
+        # Spark takes names for globs; ibis reads one of them only.
+        paths = [re.sub(r"[][{}*?\\]", r"\\\g<0>", path) for path in files.paths]
+        SparkSession.active().read.parquet(*paths).createOrReplaceTempView(view)
+        table = backend.table(view)
     else:
-        raise MiningError(f"{source}: a log is .parquet, .csv or .jsonl files, or a folder of Parquet files.")
-    missing = [column for column in LOG_COLUMNS if column not in log.rows.columns]
+        listed = ", ".join("'" + path.replace("'", "''") + "'" for path in files.paths)
+        columns = [name for name in LOG_COLUMNS if name not in lacking]
+        time = files.types["timestamp"]
+        if pa.types.is_timestamp(time) and time.tz is not None:  # ibis doesn't know nanoseconds with a zone
+            columns = [name if name in IDS else f"CAST({name} AS TIMESTAMPTZ) AS {name}" for name in columns]
+        files_read = f"read_parquet([{listed}], hive_partitioning = false)"
+        backend.raw_sql(f"CREATE TEMP VIEW {view} AS SELECT {', '.join(columns)} FROM {files_read}")
+        table = backend.table(view)
+    return table.mutate(**{name: ibis.null("string") for name in lacking}).select(*LOG_COLUMNS)
+
+
+def _of_cluster(table: Table, source: str) -> Table:
+    """A log that only the cluster's machines see.
+
+    Raises:
+        MiningError: for a column that is missing, or ids that are neither text nor integers.
+    """
+    missing = [name for name in LOG_COLUMNS if name not in table.columns]
     if missing:
-        raise MiningError(f"{source}: no column {', '.join(missing)}; it has {', '.join(log.rows.columns)}.")
-    return RawLog(log.rows.select(*LOG_COLUMNS), log.broken)
+        raise MiningError(f"{source}: no column {', '.join(missing)}; it has {', '.join(table.columns)}.")
+    for name in IDS:
+        if not (table[name].type().is_string() or table[name].type().is_integer()):
+            raise MiningError(f"{source}: {name} is {table[name].type()}; write ids as text or integers.")
+    return table.select(*LOG_COLUMNS)
 
 
-def _duckdb_csv(backend: BaseBackend, source: str, keep: Keep) -> RawLog:
-    """Read once into a table: `reject_errors` fills while the file is read, and again with every reading."""
-    dialect = {"delim": ",", "quote": '"', "escape": '"', "strict_mode": True}
-    rows = keep(backend.read_csv(source, all_varchar=True, ignore_errors=True, store_rejects=True, **dialect))
-    backend.raw_sql(
-        "CREATE TEMP TABLE broken_lines AS SELECT MAX(csv_line) AS line, "
-        "'not a row: ' || LOWER(MIN(CAST(error_type AS TEXT))) AS reason FROM reject_errors GROUP BY file_id, line"
-    )
-    return RawLog(rows, backend.table("broken_lines"))
+@ibis.udf.scalar.builtin(name="trim")
+def _duckdb_trim(text: str, characters: str) -> str:  # type: ignore[empty-body]
+    """Without some characters at both ends."""
 
 
-def _duckdb_json(backend: BaseBackend, source: str, keep: Keep) -> RawLog:
-    columns = dict.fromkeys(LOG_COLUMNS, "VARCHAR")
-    return RawLog(keep(backend.read_json(source, columns=columns, format="newline_delimited", ignore_errors=True)))
+@ibis.udf.scalar.builtin(name="btrim")
+def _spark_trim(text: str, characters: str) -> str:  # type: ignore[empty-body]
+    """The same on Spark."""
 
 
-def _spark_csv(backend: BaseBackend, source: str, keep: Keep) -> RawLog:
-    columns = backend.read_csv(source, inferSchema=False).columns
-    return _split(keep(backend.read_csv(source, inferSchema=False, schema=_text_schema(columns), escape='"')))
+@ibis.udf.scalar.builtin(name="is_valid_utf8")
+def _spark_is_text(text: str) -> bool:  # type: ignore[empty-body]
+    """Whether the bytes are UTF-8; DuckDB refuses the file where they aren't."""
 
 
-def _spark_json(backend: BaseBackend, source: str, keep: Keep) -> RawLog:
-    return _split(keep(backend.read_json(source, schema=_text_schema(LOG_COLUMNS))))
-
-
-_READERS = {
-    ("duckdb", ".csv"): _duckdb_csv,
-    ("duckdb", ".jsonl"): _duckdb_json,
-    ("pyspark", ".csv"): _spark_csv,
-    ("pyspark", ".jsonl"): _spark_json,
-}
-
-
-def _text_schema(columns: tuple[str, ...]) -> str:
-    return ", ".join(f"`{column}` STRING" for column in (*columns, CORRUPT))
-
-
-def _split(lines: Table) -> RawLog:
-    """Spark's lines as rows, and those that it could not read."""
-    broken = lines.filter(lines[CORRUPT].notnull()).select(line=CORRUPT, reason=ibis.literal("not a row"))
-    return RawLog(lines.filter(lines[CORRUPT].isnull()).drop(CORRUPT), broken)
+def _trimmed(backend: BaseBackend, text: StringValue) -> StringValue:
+    """Text without the blanks around it, of every kind that an id's rule knows; null for what is no text."""
+    if backend.name == "pyspark":
+        return _spark_trim(ibis.ifelse(_spark_is_text(text), text, None), BLANKS)
+    return _duckdb_trim(text, BLANKS)

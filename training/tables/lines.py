@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,16 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(ESCAPE, _escape)
 
 
-def read_csv(path: Path, encoding: str | None = None) -> Iterator[Row]:
+def read_csv(path: Path, encoding: str | None = None, skip: int = 0) -> Iterator[Row]:
     """The rows below a CSV's header, every field as text; None for an empty line.
+
+    Args:
+        skip: lines above the header.
 
     Raises:
         TableError: for an encoding that Python doesn't know, or a header that isn't in it.
     """
-    lines = _lines(path, encoding)
+    lines = islice(text_lines(path, encoding), skip, None)
     header = _header(path, lines, encoding)
     id_column = next((number for number, name in enumerate(header) if name.endswith("_id")), 0)
     waiting = _Lines(lines)
@@ -67,14 +71,14 @@ def read_csv(path: Path, encoding: str | None = None) -> Iterator[Row]:
         yield fields if isinstance(fields, BadRow) else dict(zip(header, fields, strict=True))
 
 
-def csv_header(path: Path, encoding: str | None = None) -> list[str]:
+def csv_header(path: Path, encoding: str | None = None, skip: int = 0) -> list[str]:
     """The names of a CSV's columns; none for an empty file."""
-    return _header(path, _lines(path, encoding), encoding)
+    return _header(path, islice(text_lines(path, encoding), skip, None), encoding)
 
 
 def read_json(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """The objects of a JSON lines file; None for an empty line."""
-    for line in _lines(path, encoding):
+    for line in text_lines(path, encoding):
         if not line.strip():
             yield None
             continue
@@ -177,7 +181,12 @@ def _header(path: Path, lines: Iterator[str], encoding: str | None) -> list[str]
     return [name.strip() for name in fields]
 
 
-def _lines(path: Path, encoding: str | None) -> Iterator[str]:
+def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
+    """The lines of a text file with their ends.
+
+    Raises:
+        TableError: for an encoding that Python doesn't know.
+    """
     with path.open("rb") as stream:
         start = stream.read(4)
     marked = next((name for mark, name in MARKS if start.startswith(mark)), None)

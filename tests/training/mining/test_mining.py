@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pytest
 from tests.support.machine import require_java
 from training.mine import Mined, mine, parse_time, write_rejects
 from training.mining.cooccurrence import UNIT, MiningArguments, MiningError, check_rows
-from training.mining.engines import kept, opened, read_log
+from training.mining.engines import opened, read_log
 
 
 ROOT = Path(__file__).parents[3]
@@ -209,8 +209,8 @@ def test_every_way_to_write_a_time_is_the_same_time(tmp_path, spark):
 @contextmanager
 def checked(source, folder, **options):
     arguments = MiningArguments(str(source), "unused", **options)
-    with opened(arguments, folder) as backend, ExitStack() as stack:
-        raw = read_log(backend, arguments.interactions, lambda table: stack.enter_context(kept(backend, table)))
+    with opened(arguments, folder) as backend:
+        raw = read_log(backend, arguments.interactions, folder)
         yield raw, check_rows(raw.rows, arguments.timestamp_unit)
 
 

@@ -181,12 +181,15 @@ def test_mistakes_end_with_what_to_do(tiny_model_folder, tmp_path, monkeypatch, 
         (["--query_ids", "i99"], "the table has no such id"),
         (["--label_column", "colour"], "no column colour"),
         (["--pairs", str(tmp_path / "pairs.jsonl")], "no pair is between two usable items"),
-        (["-k", "0"], "must be at least 1"),
         (["--items", str(tmp_path / "none.parquet")], "none.parquet: no such table"),
     ]:
         monkeypatch.setattr(sys, "argv", ["hub/gallery.py", *common, *options])
         with pytest.raises(SystemExit, match=re.escape(message)):
             main()
+    monkeypatch.setattr(sys, "argv", ["hub/gallery.py", *common, "-k", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
     monkeypatch.setattr(sys, "argv", ["hub/gallery.py", *common, "--queries", "3", "-k", "2"])
     main()

@@ -6,17 +6,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AddedToken,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
+
+from .language_notellm2 import (
+    EXPECTED,
+    check_rebuilt,
+    class_to_rebuild,
+    embedding_rows,
+    takes_positions,
+    try_language_model,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -28,28 +39,122 @@ SPARE_TOKEN = re.compile(r"<\|reserved_special_token_\d+\|>|<unused\d+>|<SPECIAL
 
 
 def load_language_model(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-    """The decoder of a language model, without its head.
+    """The decoder of a language model, or of a model of pictures and text, without its head.
 
     Args:
         source: id, folder, or an already loaded model (with or without a head).
         kwargs: for `AutoModel.from_pretrained`, e.g. `gguf_file="model.gguf"`.
 
     Raises:
-        ValueError: for encoders and encoder-decoders.
+        ValueError: for encoder-decoders, for models without a decoder of text, and where weights of the decoder are not
+            in the checkpoint.
     """
-    if not isinstance(source, PreTrainedModel):
-        if "gguf_file" not in kwargs:
-            check_decoder_only(AutoConfig.from_pretrained(source, **_config_kwargs(kwargs)))
-        loaded = AutoModel.from_pretrained(source, **kwargs)
-    else:
-        loaded = source
-    check_decoder_only(loaded.config)
-    model = loaded.get_decoder()
-    if model.get_input_embeddings() is None:
+    if isinstance(source, PreTrainedModel):
+        check_no_encoder(source.config)
+        return language_stack(source)
+    classes: list[Any] = [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText]
+    if "gguf_file" not in kwargs:
+        config = AutoConfig.from_pretrained(source, **_config_kwargs(kwargs))
+        check_no_encoder(config)
+        # Those that wrote the weights: for the text parts of some families there is no Auto class.
+        classes += [getattr(transformers, name) for name in config.architectures or [] if hasattr(transformers, name)]
+    problems = []
+    for auto in classes:
+        try:
+            loaded, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            continue
+        model = language_stack(loaded)
+        problem = unfit_weights(model, loaded, info)
+        if problem is None:
+            return model
+        problems.append(problem)
+    raise ValueError(
+        f"The weights of {source} don't fit its config: {problems[0] if problems else 'transformers has no model for it'}. "
+        "Was it saved by another version or another class of model? Load it yourself and pass the loaded model as `text`."
+    )
+
+
+def language_stack(loaded: PreTrainedModel) -> PreTrainedModel:
+    """What is left of a model without head and towers: the innermost part that looks up the same token embeddings.
+
+    Raises:
+        ValueError: if there is none, or if towers for pictures or sound are a part of it.
+    """
+    tokens = _token_embeddings(loaded)
+    if tokens is None:
+        raise ValueError(f"`text` is a {loaded.config.model_type!r} model without token embeddings. {EXPECTED}")
+    stack = [
+        part for part in loaded.modules() if isinstance(part, PreTrainedModel) and _token_embeddings(part) is tokens
+    ][-1]
+    towers = [type(part).__name__ for part in stack.modules() if isinstance(part, PreTrainedModel) and _is_tower(part)]
+    if towers:
         raise ValueError(
-            f"{type(model).__name__} has no token embeddings; pass a decoder-only language model as `text`."
+            f"{type(stack).__name__} holds {' and '.join(towers)} inside its language model, which can't be taken out. Use "
+            "the text-only model of its family as `text`."
         )
-    return model
+    return stack
+
+
+def _token_embeddings(model: PreTrainedModel) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def _is_tower(model: PreTrainedModel) -> bool:
+    modalities = model.input_modalities
+    return "text" not in ([modalities] if isinstance(modalities, str) else list(modalities or ["text"]))
+
+
+def unfit_weights(model: PreTrainedModel, loaded: PreTrainedModel, info: dict[str, Any]) -> str | None:
+    """What is wrong with the weights that a stack was loaded with; None if nothing.
+
+    A head or a tower that the stack leaves out may be missing or left over. Weights of the stack that the checkpoint
+    lacks, and weights of its own layers that it has no place for, may not.
+    """
+    prefix = next((name + "." for name, part in loaded.named_modules() if part is model and name), "")
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(prefix))
+    if missing:
+        return f"{len(missing)} weights of {type(model).__name__} are missing ({', '.join(missing[:3])})"
+    modules = {
+        name for name, part in loaded.named_modules() if name.startswith(prefix) and name not in ("", prefix[:-1])
+    }
+    parents = {name: name.rpartition(".")[0] for name in info["unexpected_keys"]}
+    head = loaded.base_model_prefix + "."
+    surplus = sorted(name for name, of in parents.items() if of in modules or of.removeprefix(head) in modules)
+    if surplus:
+        return f"{type(model).__name__} has no place for {len(surplus)} weights ({', '.join(surplus[:3])})"
+    if info["mismatched_keys"]:
+        return f"weights of another shape: {', '.join(str(key) for key in list(info['mismatched_keys'])[:3])}"
+    return None
+
+
+def text_settings(model: PreTrainedModel, check: bool) -> dict[str, Any]:
+    """Fields of `NoteLLM2Config` that say how an LLM is built and called.
+
+    Args:
+        model: a headless decoder.
+        check: try it (see `try_language_model`), and that its config gives the same model again. A model without weights
+            (on the meta device) is not tried.
+
+    Raises:
+        ValueError: for an LLM that can't be used.
+    """
+    class_name = class_to_rebuild(model)
+    settings: dict[str, Any] = {"text_class": class_name}
+    if check and all(parameter.device.type != "meta" for parameter in model.parameters()):
+        call = try_language_model(model)
+        check_rebuilt(model, class_name)
+        settings |= {"text_inputs": call.inputs, "padding_side": call.padding_side}
+        if call.positions != takes_positions(model):
+            settings["text_positions"] = call.positions
+        if call.hidden_size != getattr(model.config, "hidden_size", None):
+            settings["text_hidden_size"] = call.hidden_size
+    return settings
 
 
 def base_models(vision: str | PreTrainedModel, text: str | PreTrainedModel) -> dict[str, str]:
@@ -59,16 +164,10 @@ def base_models(vision: str | PreTrainedModel, text: str | PreTrainedModel) -> d
     return {part: name for part, name in names.items() if name and not os.path.exists(name)}
 
 
-def check_decoder_only(config: PreTrainedConfig) -> None:
-    """Raises ValueError unless `config` is that of a decoder-only language model."""
-    text_config = config.get_text_config()
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if config.is_encoder_decoder or not causal or not getattr(text_config, "is_decoder", True):
-        raise ValueError(
-            f"`text` is a {config.model_type!r} model. A decoder-only language model is expected (Llama, Qwen2/3, Mistral, "
-            "SmolLM, Gemma, ...): the embedding is read at the last position, which only a causal model has gathered "
-            "the whole item in."
-        )
+def check_no_encoder(config: PreTrainedConfig) -> None:
+    """Raises ValueError for the config of an encoder-decoder, before its weights are loaded."""
+    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+        raise ValueError(f"`text` is a {config.model_type!r} model, which has an encoder. {EXPECTED}")
 
 
 def _config_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -121,19 +220,13 @@ def fit_token_embeddings(model: PreTrainedModel, tokens: ItemTokens) -> None:
     Spare rows (many matrices are padded beyond their tokenizer) are used before the matrix is enlarged.
     """
     ids = [tokens.image_id, tokens.visual_embedding_id]
-    before = _rows(model).shape[0]
+    before = embedding_rows(model).shape[0]
     if max(ids) >= before:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    rows = _rows(model)
+    rows = embedding_rows(model)
     if tokens.fresh and rows.device.type != "meta":
         with torch.no_grad():
             known = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
             known[ids] = False
             known[before:] = False
             rows[ids] = rows[known].float().mean(0).to(rows.dtype)
-
-
-def _rows(model: PreTrainedModel) -> torch.Tensor:
-    rows = model.get_input_embeddings().weight
-    assert isinstance(rows, torch.Tensor)
-    return rows

@@ -48,6 +48,17 @@ class NoteLLM2Config(PreTrainedConfig):
             The vision encoder takes no gradient, stays in eval mode and runs without a graph.
         vision_hidden_size (`int`, *optional*):
             Width of the vision encoder's tokens. Found out when the model is built; no need to set it.
+        text_class (`str`, *optional*):
+            Class that the LLM is built from, where `AutoModel` would build another one from its config.
+        text_inputs (`str`, defaults to `"embeds"`):
+            How the LLM is called: "embeds" with `inputs_embeds` alone, "ids" with `input_ids` beside them (per-layer
+            embeddings). This and the next three are found out by trying when a model is joined.
+        text_positions (`bool`, *optional*):
+            Whether the LLM is given positions. Left out: if it takes them.
+        text_hidden_size (`int`, *optional*):
+            Width of the LLM's last hidden state. Left out: that of its config.
+        padding_side (`str`, *optional*):
+            "left" or "right", if the LLM can be padded on that side only.
         image_token_id (`int`, *optional*):
             Id of the placeholder that visual tokens replace.
         visual_embedding_token_id (`int`, *optional*):
@@ -90,6 +101,11 @@ class NoteLLM2Config(PreTrainedConfig):
     vision_summary: str = "auto"
     freeze_vision: bool = True
     vision_hidden_size: int | None = None
+    text_class: str | None = None
+    text_inputs: Literal["embeds", "ids"] = "embeds"
+    text_positions: bool | None = None
+    text_hidden_size: int | None = None
+    padding_side: Literal["left", "right"] | None = None
     image_token_id: int | None = None
     visual_embedding_token_id: int | None = None
     base_models: dict[str, str] | None = None
@@ -132,6 +148,11 @@ class NoteLLM2Config(PreTrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The LLM's configuration, which transformers asks for vocabulary size, cache and attention settings."""
         return self.text_config
+
+    @property
+    def text_width(self) -> int:
+        """Width of the LLM's last hidden state."""
+        return self.text_hidden_size or self.text_config.hidden_size
 
     @property
     def prompt_mode(self) -> Literal["micl", "basic", "late_only"]:

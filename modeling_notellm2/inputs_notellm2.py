@@ -20,6 +20,19 @@ def states_at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), positions.to(hidden.device)]
 
 
+def check_padding(attention_mask: torch.Tensor, padding_side: str | None) -> None:
+    """Raises ValueError, naming the row, if a batch is padded on the side that its LLM can't be padded on."""
+    if padding_side is None or torch.compiler.is_compiling():
+        return
+    outer = attention_mask[:, -1] if padding_side == "left" else attention_mask[:, 0]
+    wrong = (outer == 0).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"Row {wrong[0]} is padded on the other side than the {padding_side}, where alone this model's LLM reads padding "
+            f'rightly. Pass padding_side="{padding_side}" to the processor, or leave it out.'
+        )
+
+
 def count_images(
     config: NoteLLM2Config, input_ids: torch.Tensor, num_images: torch.Tensor | None, total: int
 ) -> torch.Tensor:

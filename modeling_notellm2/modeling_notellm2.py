@@ -4,7 +4,6 @@ Data flow: pixels -> frozen vision encoder -> Q-Former and projector -> visual t
 at the read-out positions -> gate with the vision encoder's summary feature (late fusion) -> reduction -> L2 norm.
 """
 
-import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, Blip2QFormerModel, PreTrainedModel
+from transformers import Blip2QFormerModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -25,11 +24,13 @@ from .backbones_notellm2 import (
     fit_token_embeddings,
     item_tokens,
     load_language_model,
+    text_settings,
     tokenizer_of,
 )
 from .configuration_notellm2 import NoteLLM2Config
 from .downloads_notellm2 import check_downloads
-from .inputs_notellm2 import count_images, last_position, positions_of, states_at
+from .inputs_notellm2 import check_padding, count_images, last_position, positions_of, states_at
+from .language_notellm2 import LanguageCall, build_language_model, call_language_model, embedding_rows, takes_positions
 from .loss_notellm2 import complete_pairs, contrastive_pair_loss
 from .saving_notellm2 import write_sentence_transformers_files
 from .towers_notellm2 import build_vision_encoder, load_vision_encoder
@@ -80,11 +81,10 @@ class NoteLLM2Output(ModelOutput):
 
 
 class NoteLLM2Projector(nn.Module):
-    """Q-Former width to LLM width: Linear, GELU, Linear (paper, section 3.2)."""
+    """Q-Former width to the width of the LLM's token embeddings: Linear, GELU, Linear (paper, section 3.2)."""
 
-    def __init__(self, config: NoteLLM2Config):
+    def __init__(self, config: NoteLLM2Config, width: int):
         super().__init__()
-        width = config.text_config.hidden_size
         self.linear_1 = nn.Linear(config.qformer_config.hidden_size, width)
         self.act = nn.GELU()
         self.linear_2 = nn.Linear(width, width)
@@ -103,7 +103,7 @@ class NoteLLM2LateFusion(nn.Module):
     def __init__(self, config: NoteLLM2Config):
         super().__init__()
         assert config.vision_hidden_size is not None
-        width = config.text_config.hidden_size
+        width = config.text_width
         self.projection = nn.Linear(config.vision_hidden_size, width, bias=False)
         self.gate = nn.Linear(2 * width, width, bias=False)
 
@@ -173,10 +173,11 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             config.vision_hidden_size = vision_width(config.vision_config, config.vision_feature_layer, vision_model)
         config.qformer_config.encoder_hidden_size = config.vision_hidden_size
         super().__init__(config)
-        width = config.text_config.hidden_size
         self.vision_model = vision_model if vision_model is not None else build_vision_encoder(config.vision_config)
         self.language_model = (
-            language_model if language_model is not None else AutoModel.from_config(config.text_config)
+            language_model
+            if language_model is not None
+            else build_language_model(config.text_config, config.text_class)
         )
         self.qformer: nn.Module | None = None
         self.query_tokens: nn.Parameter | None = None
@@ -184,17 +185,43 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         if config.early_fusion:
             self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
             self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
-            self.projector = NoteLLM2Projector(config)
+            self.projector = NoteLLM2Projector(config, embedding_rows(self.language_model).shape[-1])
         self.late_fusion = NoteLLM2LateFusion(config) if config.late_fusion else None
-        self.reduction = nn.Linear(width, config.embedding_dim, bias=False) if config.embedding_dim else None
+        self.reduction = (
+            nn.Linear(config.text_width, config.embedding_dim, bias=False) if config.embedding_dim else None
+        )
         # One-dimensional: what spreads weights over processes (FSDP2) can't cut a scalar.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init)))
         self.register_load_state_dict_pre_hook(_unsqueeze_scalars)
-        # Alibi models (Bloom, MPT) take no positions: they derive distances from the mask.
-        self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
+        positions = config.text_positions
+        self._language_call = LanguageCall(
+            config.text_inputs, takes_positions(self.language_model) if positions is None else positions
+        )
         if config.freeze_vision:
             self.vision_model.requires_grad_(False)
         self.post_init()
+        self._keep_precision_apart()
+
+    def _keep_precision_apart(self) -> None:
+        """Lets a backbone's rules of what stays in float32 hold for the backbone alone.
+
+        They are patterns that transformers looks for in all names: `gate.weight` would be found in `late_fusion` too.
+        """
+        for rules in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            parts = {
+                name: getattr(getattr(self, name), rules, None) or () for name in ("vision_model", "language_model")
+            }
+            setattr(self, rules, {f"{name}*{pattern}" for name, patterns in parts.items() for pattern in patterns})
+
+    def initialize_weights(self) -> None:
+        """Each backbone by its own rules first, as when it is loaded alone; then what is new.
+
+        Started from here, transformers would treat them as foreign code and pass over modules without weights of their
+        own, in which some families fill buffers that no checkpoint holds.
+        """
+        self.vision_model.initialize_weights()
+        self.language_model.initialize_weights()
+        super().initialize_weights()
 
     @classmethod
     def from_vision_text_pretrained(
@@ -205,6 +232,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         dtype: torch.dtype | None = None,
         vision_kwargs: dict[str, Any] | None = None,
         text_kwargs: dict[str, Any] | None = None,
+        check: bool = True,
         **config_overrides: Any,
     ) -> "NoteLLM2Model":
         """Joins a pretrained vision encoder and a pretrained LLM; everything between them is new and needs training.
@@ -217,10 +245,12 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             text: id or folder of a decoder-only LLM, or a loaded model.
             dtype: of the whole model; that of the LLM if left out.
             vision_kwargs, text_kwargs: for the two `AutoModel.from_pretrained`, e.g. `{"gguf_file": "model.gguf"}`.
+            check: try the LLM with a few short forward passes: whether it is causal, how it is called, which padding it
+                reads rightly, and whether it would load again. Takes seconds. False: as most LLMs are.
             config_overrides: fields of [`NoteLLM2Config`].
 
         Raises:
-            ValueError: for a vision encoder or an LLM of a shape that can't be used, or an unknown config field.
+            ValueError: for a vision encoder or an LLM that can't be used, or an unknown config field.
 
         Example:
 
@@ -239,14 +269,14 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         vision_model = load_vision_encoder(vision, **(vision_kwargs or {}))
         language_model = load_language_model(text, **text_kwargs)
         halves = {"vision_config": vision_model.config, "text_config": language_model.config}
-        settings: dict[str, Any] = {**halves, "base_models": base_models(vision, text) or None, **config_overrides}
+        settings: dict[str, Any] = {**halves, "base_models": base_models(vision, text) or None}
+        settings |= text_settings(language_model, check) | config_overrides
         # A composite config sets these on its parts; what the loaded halves were built with must stay.
         settings["attn_implementation"] = {name: half._attn_implementation for name, half in halves.items()}
         settings["experts_implementation"] = {name: half._experts_implementation for name, half in halves.items()}
         config = NoteLLM2Config(**settings)
         model = cls(config, vision_model, language_model)
-        nn.Module.to(model, dtype or language_model.dtype)
-        model.config.dtype = model.dtype
+        model._join_dtypes(dtype or language_model.dtype)
         if config.image_token_id is None or config.visual_embedding_token_id is None:
             token_kwargs = {
                 k: v for k, v in text_kwargs.items() if k in ("gguf_file", "revision", "token", "subfolder")
@@ -256,6 +286,15 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
                 model.set_item_tokens(item_tokens(tokenizer))
         logger.info("Query tokens, Q-Former, projector, late fusion and reduction are new: train before use.")
         return model
+
+    def _join_dtypes(self, dtype: torch.dtype) -> None:
+        """All parts in one dtype. An LLM that has it already stays as it is: some weights of its may be in float32."""
+        for part in self.children():
+            if part is not self.language_model or part.dtype != dtype:
+                nn.Module.to(part, dtype)
+        for parameter in self.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        self.config.dtype = dtype
 
     def set_item_tokens(self, tokens: ItemTokens) -> None:
         """Tells the model the ids of <IMG> and <IMG_EMB> and gives them embedding rows."""
@@ -312,7 +351,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         hidden = self.qformer(
             query_embeds=queries,
             # Trained parts may be in float32 beside frozen ones in 16 bits.
-            encoder_hidden_states=vision_hidden_states.to(queries.dtype),
+            encoder_hidden_states=vision_hidden_states.to(queries.device, queries.dtype),
             encoder_attention_mask=vision_attention_mask,
         ).last_hidden_state
         return self.projector(hidden.to(self.projector.linear_1.weight.dtype))
@@ -376,11 +415,11 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         counts = count_images(self.config, input_ids, num_images, total)
         has_image = torch.gt(counts, 0)
 
+        check_padding(attention_mask, self.config.padding_side)
         inputs_embeds = self._embed(input_ids, features)
-        if self._takes_positions:
-            kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs
+        text_ids = self._text_ids(input_ids) if self._language_call.inputs == "ids" else input_ids
+        outputs = call_language_model(
+            self.language_model, self._language_call, text_ids, inputs_embeds, attention_mask, **kwargs
         )
         summary = self._summary(None if features is None else features.pooler_output, counts)
         hidden = outputs.last_hidden_state
@@ -413,6 +452,12 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
         places = positions_of(input_ids, self.config.image_token_id).unsqueeze(-1).to(inputs_embeds.device)
         return inputs_embeds.masked_scatter(places, visual_tokens)
+
+    def _text_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The ids for lookups other than the token embeddings, which know no <IMG> and <IMG_EMB>: padding stands there."""
+        slots = positions_of(input_ids, self.config.image_token_id)
+        slots |= positions_of(input_ids, self.config.visual_embedding_token_id)
+        return input_ids.masked_fill(slots, self.config.text_config.pad_token_id or 0)
 
     def _summary(self, pooled: torch.Tensor | None, num_images: torch.Tensor) -> torch.Tensor | None:
         """Mean of the summary features of each item's images, `(n, vision width)`; zeros where there is none."""

@@ -139,10 +139,15 @@ class NoteLLM2Processor(ProcessorMixin):
             return super()._get_arguments_from_pretrained(*args, **kwargs)
 
     def prepare_model(self, model: Any) -> None:
-        """Gives a freshly joined model the ids of <IMG> and <IMG_EMB> and embedding rows; once, before training."""
+        """Gives a freshly joined model the ids of <IMG> and <IMG_EMB> and embedding rows; once, before training.
+
+        The tokenizer takes over the side of padding that the model's LLM needs, where it needs one.
+        """
         ids = (self.image_token_id, self.visual_embedding_token_id)
         if ids != (model.config.image_token_id, model.config.visual_embedding_token_id):
             model.set_item_tokens(self._item_tokens)
+        if model.config.padding_side is not None:
+            self.tokenizer.padding_side = model.config.padding_side
 
     @property
     def image_token_id(self) -> int:

@@ -43,6 +43,7 @@ from hub.catalogue.shards import (
 from modeling_notellm2 import DTYPES, Precision, choose_precision
 from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
+from training.tables.model_folder import loading
 
 
 MODEL_FILES = (".safetensors", ".bin", ".json", ".py", ".txt", ".model", ".jinja")
@@ -210,7 +211,8 @@ def _as_it_is(block: PreparedBlock) -> PreparedBlock:
 
 def find_model(model: str, revision: str | None) -> Path:
     """Folder of a model, downloaded from the Hub if need be."""
-    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model, revision=revision))
+    with loading(model):
+        return Path(model) if Path(model).is_dir() else Path(snapshot_download(model, revision=revision))
 
 
 def describe_model(folder: Path) -> dict[str, str]:

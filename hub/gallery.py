@@ -33,6 +33,7 @@ from modeling_notellm2.rows_notellm2 import BadRow, item_from_row, read_csv_rows
 from training.tables.bounds import AtLeastOne, check_bounds
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
 from training.tables.files import write_text
+from training.tables.model_folder import loading
 
 
 ROWS_PER_BLOCK = 256
@@ -188,7 +189,8 @@ def gallery(arguments: GalleryArguments) -> Catalogue:
     """
     labels = read_labels(arguments.items, arguments.label_column) if arguments.label_column else None
     table = open_items(arguments.items)
-    config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
+    with loading(arguments.model):
+        config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
     precision = choose_precision(arguments.dtype, arguments.device)
     print(f"Precision: {precision}")
     encoder = ItemEncoder(

@@ -33,7 +33,7 @@ from hub.catalogue.item_tables import TableRow, open_items
 from hub.encode import describe_model, find_model
 from modeling_notellm2 import DTYPES, choose_precision
 from training.tables.bounds import AtLeastOne, check_bounds
-from training.tables.commands import DONE, OptionError, command, parse, plain_console
+from training.tables.commands import DONE, OptionError, about, command, parse, plain_console
 from training.tables.files import write_json
 
 
@@ -132,10 +132,12 @@ class Index:
         missing = [name for name in (RECORD, INDEX_FILE, IDS_FILE) if not (path / name).is_file()]
         if missing:
             raise ValueError(f"{path} is no index: {', '.join(missing)} is missing. hub/index.py builds one.")
-        settings = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        faiss_index = faiss.read_index(str(path / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
-        ids = pa.ipc.open_file(pa.memory_map(str(path / IDS_FILE))).read_all()
-        if not faiss_index.ntotal == len(ids) == settings["items"]:
+        with about(path, "A file in it was edited or damaged: build the index again."):
+            settings = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            faiss_index = faiss.read_index(str(path / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
+            ids = pa.ipc.open_file(pa.memory_map(str(path / IDS_FILE))).read_all()
+            items = settings["items"]
+        if not faiss_index.ntotal == len(ids) == items:
             raise ValueError(f"{path}: {faiss_index.ntotal} vectors, {len(ids)} ids; build the index again.")
         return cls(settings, faiss_index, ids)
 

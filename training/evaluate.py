@@ -80,6 +80,7 @@ from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands import DONE, command, parse
 from training.tables.files import write_json, write_text
 from training.tables.items import ItemTable, TableError, load_items, load_pairs
+from training.tables.model_folder import loading
 from training.tables.pairs import pair_positions
 from training.tables.rejects import write_rejects
 from training.trainer.adapters import base_of
@@ -387,8 +388,9 @@ def write_evaluation(report: dict[str, Any], output: Path) -> None:
 
 def _load(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model, in eval mode, and processor."""
-    model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype).to(device).eval()
-    return model, AutoProcessor.from_pretrained(name, trust_remote_code=True)
+    with loading(name):
+        model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype).to(device).eval()
+        return model, AutoProcessor.from_pretrained(name, trust_remote_code=True)
 
 
 @command("training/evaluate.py")

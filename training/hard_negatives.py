@@ -31,6 +31,7 @@ from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands import DONE, OptionError, command, parse
 from training.tables.files import atomic_write
 from training.tables.items import ItemTable, MatchedPairs, load_items, match_pairs
+from training.tables.model_folder import loading
 from training.trainer.batches import ItemCollator
 from training.trainer.false_negatives import KnownPositives, image_hashes, text_hashes
 
@@ -172,8 +173,9 @@ def run(arguments: HardNegativesArguments) -> None:
     matched = match_pairs(arguments.pairs, items, encoding=arguments.encoding)
     precision = choose_precision(arguments.dtype, device)
     print(f"Precision: {precision}")
-    model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True, dtype=precision.dtype).to(device)
-    processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
+    with loading(arguments.model):
+        model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True, dtype=precision.dtype).to(device)
+        processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     used = np.unique(matched.pairs)
     items, pairs = items.select(used), np.searchsorted(used, matched.pairs).astype(np.int32)
     embedded = embed(model, items, ItemCollator(processor), arguments.batch_size, "items").embeddings.numpy()

@@ -31,6 +31,7 @@ from training.reporting.summary import show
 from training.tables.commands import DONE, command
 from training.tables.files import atomic_write, write_json
 from training.tables.items import ItemTable, PairTable, load_items, load_pairs
+from training.tables.model_folder import loading
 from training.tables.reading import Rejects, write_rejects
 from training.tables.validate import validate
 from training.trainer.adapters import base_of, load_trainable
@@ -170,7 +171,8 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
         print(f"Precision: {arguments.precision}")
         write_rejects(data.rejects, output / "rejects.jsonl")
     model = load_trainable(options, arguments.precision.dtype).to(arguments.device)
-    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    with loading(options.model):
+        processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     clock.lap("load")
 
     features = None

@@ -5,7 +5,6 @@ side and nothing has to be looked up.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from hub.catalogue.item_tables import ItemTable
-from hub.catalogue.shards import MANIFEST, ShardError, file_sha256
+from hub.catalogue.shards import MANIFEST, ShardError, file_sha256, read_manifest
 from modeling_notellm2.rows_notellm2 import row_id
 from training.tables.files import atomic_write, check_replaceable
 
@@ -63,7 +62,7 @@ class Catalogue:
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             raise ShardError(f"{folder}: no {MANIFEST}; pass a folder that hub/encode.py wrote.")
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_manifest(folder)
         if not manifest["complete"]:
             raise ShardError(f"{folder}: the encoding job is not finished; start it again with the same options.")
         shards = manifest["shards"]

@@ -19,6 +19,7 @@ from hub.catalogue.item_tables import TableRow
 from modeling_notellm2 import ItemError
 from modeling_notellm2.prompts_notellm2 import WORDINGS, item_text
 from modeling_notellm2.rows_notellm2 import BadRow, item_from_row, row_id
+from training.tables.model_folder import loading
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,13 @@ class ItemEncoder:
 
     @cached_property
     def processor(self) -> Any:
-        return AutoProcessor.from_pretrained(self.model_path, trust_remote_code=True)
+        with loading(self.model_path):
+            return AutoProcessor.from_pretrained(self.model_path, trust_remote_code=True)
 
     @cached_property
     def model(self) -> Any:
-        model = AutoModel.from_pretrained(self.model_path, trust_remote_code=True, dtype=getattr(torch, self.dtype))
+        with loading(self.model_path):
+            model = AutoModel.from_pretrained(self.model_path, trust_remote_code=True, dtype=getattr(torch, self.dtype))
         model = model.eval().to(self.device)
         return torch.compile(model, dynamic=True) if self.compile else model
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hub.catalogue.encoder import EncodedBlock, Place, Reject
+from training.tables.commands import about
 from training.tables.files import atomic_write, write_json
 
 
@@ -127,7 +128,7 @@ def open_job(folder: Path, job: Mapping[str, Any], plan: Plan) -> Iterator[set[i
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
         except OSError as error:
             raise ShardError(f"{folder}: another process is encoding into this folder.") from error
-        manifest = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else None
+        manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
         if manifest is None:
             strangers = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
             if strangers:
@@ -142,6 +143,20 @@ def open_job(folder: Path, job: Mapping[str, Any], plan: Plan) -> Iterator[set[i
                 )
         checksums = {name: shard["sha256"] for name, shard in (manifest or {}).get("shards", {}).items()}
         yield {shard for shard in range(plan.shards) if _is_good(folder / shard_name(shard), checksums)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What manifest.json says of a job: "complete" and "job", and "shards" once it is complete.
+
+    Raises:
+        FileError: for one that was edited or damaged.
+    """
+    with about(folder / MANIFEST, "It was edited or damaged: encode into another folder."):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        missing = [name for name in ("complete", "job") if name not in manifest]
+        if missing or (manifest["complete"] and "shards" not in manifest):
+            raise ValueError(f"no entry {' and '.join(missing) or 'shards'}")
+        return manifest
 
 
 def close_job(folder: Path, job: Mapping[str, Any], plan: Plan, made_with: Mapping[str, Any]) -> dict[str, Any]:

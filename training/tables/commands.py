@@ -15,10 +15,12 @@ Ctrl-C and by SIGTERM. `--traceback`, an option of every command, shows where an
 import errno
 import functools
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -66,6 +68,12 @@ REMEDIES_BY_TEXT = {
     "Error while deserializing header": "The file was cut off or damaged: copy or write it again.",
 }
 """The same for libraries that report it in words of their own."""
+
+WARNINGS_OF_OTHERS = (
+    # peft reads an attribute of models that transformers has renamed.
+    "`is_gradient_checkpointing` is deprecated and will be removed in v6. Use `is_activation_checkpointing` instead.",
+)
+"""Warnings of libraries about each other: whoever runs a command can do nothing about them."""
 
 EXPLAINED = (ValueError, OSError, ImportError, ArithmeticError, MemoryError)
 """Errors whose message alone says what is wrong."""
@@ -149,7 +157,9 @@ def command(name: str, go_on: str = "Start it again with the same options.") -> 
     def decorate(main: Main) -> Callable[..., int]:
         @functools.wraps(main)
         def run(options: Sequence[str] | None = None) -> int:
-            with _signals() as received:
+            with _signals() as received, warnings.catch_warnings():
+                for message in WARNINGS_OF_OTHERS:
+                    warnings.filterwarnings("ignore", message=re.escape(message))
                 try:
                     code = main(options) or DONE
                     if received:  # a library took the exception for itself, as Gradio's server does

@@ -18,6 +18,7 @@ from transformers import AutoModel, BitsAndBytesConfig
 
 from modeling_notellm2 import NoteLLM2Model
 from training.tables.files import atomic_write
+from training.tables.model_folder import loading
 from training.trainer.arguments import ModelArguments
 
 
@@ -55,12 +56,14 @@ def load_trainable(arguments: ModelArguments, compute_dtype: torch.dtype = torch
 def _load(arguments: ModelArguments, adapted: bool, options: dict[str, Any]) -> NoteLLM2Model | PeftModel:
     if adapted:
         config = LoraConfig.from_pretrained(arguments.model)
-        base = AutoModel.from_pretrained(config.base_model_name_or_path, trust_remote_code=True, **options)
+        with loading(config.base_model_name_or_path):
+            base = AutoModel.from_pretrained(config.base_model_name_or_path, trust_remote_code=True, **options)
         names = trained_in_full(base)
         model = PeftModel.from_pretrained(base, arguments.model, is_trainable=True)
         _train_in_full(model, names)
         return model
-    model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True, **options)
+    with loading(arguments.model):
+        model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True, **options)
     return with_lora(model, arguments) if arguments.lora_r else model
 
 

@@ -21,6 +21,7 @@ from hub.catalogue.shards import ShardError, embeddings_array, file_sha256
 from hub.encode import EncodeArguments, encode
 from hub.index import BuildArguments, Index, Neighbour, build, choose_parameters
 from tests.support.catalogue import SMALL, make_items, png, read_shards, vectors, write_items
+from training.tables.commands import FileError
 from training.tables.files import write_json
 
 
@@ -321,3 +322,19 @@ def test_faiss_reads_the_index_alone(built):
     ids = pa.ipc.open_file(built / "ids.arrow").read_all()
     assert index.ntotal == len(ids) == 58
     assert index.metric_type == faiss.METRIC_INNER_PRODUCT
+
+
+@pytest.mark.parametrize("name", ["index.json", "index.faiss", "ids.arrow"])
+def test_an_edited_index_is_named(built, tmp_path, name):
+    shutil.copytree(built, tmp_path / "index")
+    (tmp_path / "index" / name).write_bytes(b"{}")
+    with pytest.raises(FileError, match=r"index: .*build the index again"):
+        Index.load(tmp_path / "index")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"complete": true, "job": {}}'])
+def test_an_edited_manifest_is_named(encoded, tmp_path, content):
+    shutil.copytree(encoded, tmp_path / "shards")
+    (tmp_path / "shards" / "manifest.json").write_text(content)
+    with pytest.raises(FileError, match=r"manifest\.json: .*encode into another folder"):
+        build(BuildArguments(str(tmp_path / "shards"), str(tmp_path / "index")))

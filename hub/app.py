@@ -52,7 +52,11 @@ class AppArguments:
         default=os.environ.get("NOTELLM2_ITEMS", "runs/demo/data/items.parquet"),
         metadata={"help": "Item table: file, folder, or Hub dataset."},
     )
-    split: str | None = field(default=None, metadata={"help": "Split of a dataset."})
+    split: str | None = field(default=None, metadata={"help": "Split of a data set or folder; none: all."})
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "Of CSV and JSON lines tables, e.g. gbk or latin-1; none: UTF-8, or as their mark says."},
+    )
     index: str | None = field(
         default=os.environ.get("NOTELLM2_INDEX"), metadata={"help": "Index of ITEMS; none: encode and index them now."}
     )
@@ -255,6 +259,7 @@ def main(options: Sequence[str] | None = None) -> int | None:
         arguments.index,
         arguments.visual_index,
         split=arguments.split,
+        encoding=arguments.encoding,
         cache=arguments.cache,
         device=arguments.device,
         dtype=arguments.dtype,

@@ -28,8 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from hub.catalogue.encoder import EncodedBlock, ItemEncoder, PreparedBlock
-from hub.catalogue.item_tables import ItemTable, open_items
+from hub.catalogue.encoder import EncodedBlock, ItemEncoder, PreparedBlock, Rows
 from hub.catalogue.shards import (
     ARROW_TYPES,
     REJECTS,
@@ -43,7 +42,9 @@ from hub.catalogue.shards import (
 from modeling_notellm2 import DTYPES, Precision, choose_precision
 from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
+from training.tables.items import load_items
 from training.tables.model_folder import loading
+from training.tables.reading import Table
 
 
 MODEL_FILES = (".safetensors", ".bin", ".json", ".py", ".txt", ".model", ".jinja")
@@ -63,7 +64,13 @@ class EncodeArguments:
     )
     output: str = field(metadata={"help": "Folder to write, or one that an earlier start of the same job left."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model of the Hub."})
-    split: str | None = field(default=None, metadata={"help": "Split of a dataset; none: all, one after another."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split of a data set or folder; none: all, one after another."}
+    )
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "Of CSV and JSON lines tables, e.g. gbk or latin-1; none: UTF-8, or as their mark says."},
+    )
     embedding_type: str = field(
         default="float32",
         metadata={
@@ -134,19 +141,27 @@ def encode(arguments: EncodeArguments) -> dict[str, Any]:
         raise ValueError(
             f"{arguments.model} was trained without mICL and has no visual embeddings; leave out --visual."
         )
-    table = open_items(arguments.items, arguments.split)
-    plan = Plan(len(table), arguments.rows_per_block, arguments.rows_per_shard)
-    job = describe_job(arguments, model_folder, table)
+    rows = Rows(
+        *load_items(
+            arguments.items,
+            arguments.split,
+            check_images=False,  # the encoder opens them
+            num_workers=arguments.num_workers,
+            encoding=arguments.encoding,
+        )
+    )
+    plan = Plan(len(rows), arguments.rows_per_block, arguments.rows_per_shard)
+    job = describe_job(arguments, model_folder, rows.items.table)
     output = Path(arguments.output)
     with open_job(output, job, plan) as done:
         writer = ShardWriter(output, plan, arguments.embedding_type, done)
         rows_done = sum(plan.rows_of(shard) for shard in done)
         with tqdm(total=plan.rows, initial=rows_done, desc="Encoding", unit="item", smoothing=0.05) as bar:
-            for block in run_engine(encoder, table, plan, writer.pending_blocks(), arguments):
+            for block in run_engine(encoder, rows, plan, writer.pending_blocks(), arguments):
                 writer.add(block)
                 first, behind = plan.block_range(block.number)
                 bar.update(behind - first)
-        manifest = close_job(output, job, plan, _made_with(precision))
+        manifest = close_job(output, job, plan, rows.items.table.empty_lines(), _made_with(precision))
     if not manifest["counts"]["items"]:
         rejects = read_rejects(output, 1)
         first_reason = f"; the first: {rejects[0].reason}" if rejects else ""
@@ -155,7 +170,7 @@ def encode(arguments: EncodeArguments) -> dict[str, Any]:
 
 
 def run_engine(
-    encoder: ItemEncoder, table: ItemTable, plan: Plan, blocks: list[int], arguments: EncodeArguments
+    encoder: ItemEncoder, rows: Rows, plan: Plan, blocks: list[int], arguments: EncodeArguments
 ) -> Iterator[EncodedBlock]:
     """Encodes blocks by the engine that the arguments name, in any order."""
     if not blocks:
@@ -170,18 +185,18 @@ def run_engine(
             arguments.ray_cpus_per_actor,
             arguments.ray_gpus_per_actor,
         )
-        return encode_with_ray(encoder, table, plan, blocks, options)
-    return encode_here(encoder, table, plan, blocks, arguments.num_workers)
+        return encode_with_ray(encoder, rows, plan, blocks, options)
+    return encode_here(encoder, rows, plan, blocks, arguments.num_workers)
 
 
 def encode_here(
-    encoder: ItemEncoder, table: ItemTable, plan: Plan, blocks: list[int], num_workers: int
+    encoder: ItemEncoder, rows: Rows, plan: Plan, blocks: list[int], num_workers: int
 ) -> Iterator[EncodedBlock]:
     """The model in this process, the next blocks prepared in worker processes meanwhile."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each worker warns that it was forked
     _ = encoder.processor  # before the workers start, which then share it
     loader = DataLoader(
-        _Blocks(encoder, table, plan, blocks),
+        _Blocks(encoder, rows, plan, blocks),
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_as_it_is,
@@ -194,15 +209,15 @@ def encode_here(
 class _Blocks(Dataset[PreparedBlock]):
     """Prepared blocks, as a loader's workers ask for them."""
 
-    def __init__(self, encoder: ItemEncoder, table: ItemTable, plan: Plan, blocks: list[int]):
-        self.encoder, self.table, self.plan, self.blocks = encoder, table, plan, blocks
+    def __init__(self, encoder: ItemEncoder, rows: Rows, plan: Plan, blocks: list[int]):
+        self.encoder, self.rows, self.plan, self.blocks = encoder, rows, plan, blocks
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> PreparedBlock:
         block = self.blocks[index]
-        return self.encoder.prepare(block, self.table.read(*self.plan.block_range(block)))
+        return self.rows.prepare(self.encoder, block, self.plan.block_range(block))
 
 
 def _as_it_is(block: PreparedBlock) -> PreparedBlock:
@@ -222,12 +237,12 @@ def describe_model(folder: Path) -> dict[str, str]:
         return {path.name: file_sha256(path) for path in bar}
 
 
-def describe_job(arguments: EncodeArguments, model_folder: Path, table: ItemTable) -> dict[str, Any]:
+def describe_job(arguments: EncodeArguments, model_folder: Path, table: Table) -> dict[str, Any]:
     """Everything that decides what the shards hold. The engine and its workers don't."""
     files = describe_model(model_folder)
     total = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in files.items()).encode()).hexdigest()
     revision = model_folder.name if model_folder.parent.name == "snapshots" else arguments.revision
-    names = ("embedding_type", "visual", "compile", "batch_size", "rows_per_block", "rows_per_shard")
+    names = ("encoding", "embedding_type", "visual", "compile", "batch_size", "rows_per_block", "rows_per_shard")
     settings = {name: getattr(arguments, name) for name in names}
     dtype = choose_precision(arguments.dtype, arguments.device).name
     return {
@@ -257,7 +272,7 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
     if counts["rejects"]:
         lines.append(f"{counts['rejects']:,} of {counts['rows']:,} rows left out, see {output / REJECTS}; the first:")
         lines += [
-            f"  {reject.place.file}, row {reject.place.row}, item_id {reject.place.item_id!r}: {reject.reason}"
+            f"  {reject.file}, row {reject.row}, item_id {reject.ids[0]!r}: {reject.reason}"
             for reject in read_rejects(output, 5)
         ]
     return "\n".join(lines)

@@ -27,14 +27,16 @@ from rich.table import Table
 from rich.text import Text
 
 from hub.catalogue.catalogue import EMBEDDING, VISUAL_EMBEDDING, Catalogue, new_folder, rows_of_ids
-from hub.catalogue.encoder import ItemEncoder
+from hub.catalogue.encoder import ItemEncoder, Place
 from hub.catalogue.exports import FORMATS, export
-from hub.catalogue.item_tables import TableRow, open_items
 from hub.encode import describe_model, find_model
 from modeling_notellm2 import DTYPES, choose_precision
 from training.tables.bounds import AtLeastOne, check_bounds
+from training.tables.columns import item_of
 from training.tables.commands import DONE, OptionError, about, command, parse, plain_console
 from training.tables.files import write_json
+from training.tables.items import load_items
+from training.tables.texts import CellError
 
 
 INDEX_FILE, IDS_FILE, RECORD = "index.faiss", "ids.arrow", "index.json"
@@ -63,6 +65,7 @@ class BuildArguments:
     visual: bool = field(default=False, metadata={"help": "Index the visual embeddings, of items with an image."})
     items: str | None = field(default=None, metadata={"help": "The item table that was encoded, for titles."})
     split: str | None = field(default=None, metadata={"help": "Its split, as it was encoded."})
+    encoding: str | None = field(default=None, metadata={"help": "Its encoding, as it was encoded."})
 
 
 @dataclass
@@ -96,6 +99,7 @@ class ExportArguments:
     format: str = field(metadata={"help": "The database that shall load it.", "choices": list(FORMATS)})
     items: str | None = field(default=None, metadata={"help": "The item table that was encoded, for titles."})
     split: str | None = field(default=None, metadata={"help": "Its split, as it was encoded."})
+    encoding: str | None = field(default=None, metadata={"help": "Its encoding, as it was encoded."})
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,9 @@ def build(arguments: BuildArguments) -> dict[str, Any]:
         ValueError: for embeddings or an item table that can't be relied on, or too few items for the kind.
     """
     catalogue = Catalogue.open(arguments.embeddings)
-    table = open_items(arguments.items, arguments.split) if arguments.items else None
+    table = None
+    if arguments.items:
+        table, _ = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
     column = VISUAL_EMBEDDING if arguments.visual else EMBEDDING
     count = len(catalogue)
     if arguments.visual:
@@ -326,8 +332,11 @@ def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto"
         raise ValueError(f"{folder} is not the model of this index: {', '.join(changed)} differs.")
     visual = index.settings["embedding"] == VISUAL_EMBEDDING
     encoder = ItemEncoder(str(folder), choose_precision(dtype).name, visual=visual)
-    row = TableRow(str(path), 0, path.parent, {**raw, "item_id": raw.get("item_id") or path.stem}, repeated=False)
-    block = encoder.embed(encoder.prepare(0, [row]))
+    try:
+        item = item_of(raw, path.parent)
+    except CellError as error:
+        raise ValueError(f"{path}: {error}.") from error
+    block = encoder.embed(encoder.prepare(0, [(Place(item["item_id"] or path.stem, path.name, 0), item)]))
     if block.rejects:
         raise ValueError(f"{path}: {block.rejects[0].reason}.")
     if visual and not block.has_image[0]:
@@ -368,7 +377,14 @@ def main(options: Sequence[str] | None = None) -> int | None:
     if verb == "search":
         plain_console().print(search(arguments))
     elif verb == "export":
-        count = export(arguments.embeddings, arguments.format, arguments.output, arguments.items, arguments.split)
+        count = export(
+            arguments.embeddings,
+            arguments.format,
+            arguments.output,
+            arguments.items,
+            arguments.split,
+            arguments.encoding,
+        )
         print(f"{arguments.output}: {count:,} items for {arguments.format}")
     else:
         settings = build(arguments)

@@ -46,6 +46,13 @@ class PublishArguments:
     items: str | None = field(default=None, metadata={"help": "Item table, with --dataset and --space."})
     pairs: str | None = field(default=None, metadata={"help": "Pair table to train on, with --dataset."})
     test_pairs: str | None = field(default=None, metadata={"help": "Pair table to measure on, with --dataset."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split of the items' data set or folder; none: all, one after another."}
+    )
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "Of CSV and JSON lines tables, e.g. gbk or latin-1; none: UTF-8, or as their mark says."},
+    )
     made_by: str | None = field(
         default=None, metadata={"help": "How the data were made, a few sentences for the data set's card."}
     )
@@ -83,11 +90,21 @@ def prepare(arguments: PublishArguments, staging: Path) -> Publication:
         assert arguments.items and arguments.pairs
         data = DataDetails(arguments.repo, arguments.license, arguments.languages, arguments.made_by)
         tables = {"train_pairs": arguments.pairs, "test_pairs": arguments.test_pairs}
-        return prepare_dataset(arguments.items, tables, staging, data, Path(arguments.rejects))
+        return prepare_dataset(
+            arguments.items, tables, staging, data, Path(arguments.rejects), arguments.split, arguments.encoding
+        )
     assert arguments.model
     if arguments.space:
         assert arguments.index and arguments.items
-        space = SpaceDetails(arguments.repo, arguments.model, arguments.index, arguments.items, arguments.visual_index)
+        space = SpaceDetails(
+            arguments.repo,
+            arguments.model,
+            arguments.index,
+            arguments.items,
+            arguments.visual_index,
+            arguments.split,
+            arguments.encoding,
+        )
         return prepare_space(space, staging, Path(arguments.rejects))
     names = ("repo", "base", "base_models", "metrics", "license", "languages", "datasets")
     return prepare_model(

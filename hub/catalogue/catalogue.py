@@ -16,10 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from hub.catalogue.item_tables import ItemTable
 from hub.catalogue.shards import MANIFEST, ShardError, file_sha256, read_manifest
-from modeling_notellm2.rows_notellm2 import row_id
 from training.tables.files import atomic_write, check_replaceable
+from training.tables.items import ItemTable
 
 
 EMBEDDING, VISUAL_EMBEDDING = "embedding", "visual_embedding"
@@ -86,18 +85,18 @@ class Catalogue:
     def width(self) -> int:
         return self.manifest["width"]
 
-    def batches(self, column: str = EMBEDDING, table: ItemTable | None = None) -> Iterator[Batch]:
+    def batches(self, column: str = EMBEDDING, items: ItemTable | None = None) -> Iterator[Batch]:
         """Items in table order, with a progress bar over all of them.
 
         Args:
             column: "embedding", or "visual_embedding", of the items with an image alone.
-            table: the item table that was encoded, for titles.
+            items: the item table that was encoded, for titles.
 
         Raises:
-            ShardError: when there is no such column, or an item is not in `table`.
+            ShardError: when there is no such column, or an item is not in `items`.
         """
         with tqdm(total=len(self), desc="Reading items", unit="item") as bar:
-            titles = None if table is None else _Titles(table)
+            titles = None if items is None else _Titles(items)
             for name in sorted(self.manifest["shards"]):
                 for batch in self._read(self.folder / name, column):
                     yield Batch(batch.item_ids, batch.vectors, titles.of(batch.item_ids) if titles else None)
@@ -117,23 +116,22 @@ class Catalogue:
 
 
 class _Titles:
-    """Titles for ids that come in the order of the table, rejected rows skipped."""
+    """Titles for ids that come in the order of the table, items that were not encoded skipped."""
 
-    def __init__(self, table: ItemTable):
-        self.source = table.source
-        self.rows = table.read(0, len(table))
+    def __init__(self, items: ItemTable):
+        self.items = items
+        self.walk = enumerate(items.item_ids)
+        self.column = ["title"] if "title" in items.table.column_names else []
 
     def of(self, item_ids: pa.Array) -> pa.Array:
         return pa.array([self._title(item_id) for item_id in item_ids.to_pylist()], pa.string())
 
     def _title(self, item_id: str) -> str | None:
-        for row in self.rows:
-            if isinstance(row.raw, dict) and row_id(row.raw.get("item_id")) == item_id:
-                title = row.raw.get("title")
-                return None if title is None else str(title).encode("utf-8", "replace").decode()
-        raise ShardError(
-            f"item_id {item_id!r} is not where it should be in {self.source}: pass the table that was encoded."
-        )
+        for position, known in self.walk:
+            if known == item_id:
+                return self.items.table.row(int(self.items.rows[position]), self.column).get("title")
+        source = self.items.table.source
+        raise ShardError(f"item_id {item_id!r} is not where it should be in {source}: pass the table that was encoded.")
 
 
 def rows_of_ids(column: pa.ChunkedArray, item_ids: list[str]) -> list[int | None]:

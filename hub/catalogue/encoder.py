@@ -5,7 +5,7 @@ them goes a `PreparedBlock`. A row that can't be used becomes a `Reject`, and it
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,11 +15,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoProcessor
 
-from hub.catalogue.item_tables import TableRow
 from modeling_notellm2 import ItemError
-from modeling_notellm2.prompts_notellm2 import WORDINGS, item_text
-from modeling_notellm2.rows_notellm2 import BadRow, item_from_row, row_id
+from modeling_notellm2.images_notellm2 import image_sources, load_image
+from training.tables.items import Item, ItemTable
 from training.tables.model_folder import loading
+from training.tables.rejects import Reject, Rejects
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,9 @@ class Place:
     file: str
     row: int
 
-
-@dataclass(frozen=True)
-class Reject:
-    """A row that is left out, and why."""
-
-    place: Place
-    reason: str
+    def rejected(self, reason: str) -> Reject:
+        """The item, or a picture of it, as left out."""
+        return Reject(self.file, self.row, [self.item_id], reason, self.file)
 
 
 @dataclass(frozen=True)
@@ -115,20 +111,31 @@ class ItemEncoder:
         model = model.eval().to(self.device)
         return torch.compile(model, dynamic=True) if self.compile else model
 
-    def prepare(self, number: int, rows: Iterable[TableRow]) -> PreparedBlock:
+    def prepare(
+        self, number: int, items: Iterable[tuple[Place, Item]], known_rejects: Sequence[Reject] = ()
+    ) -> PreparedBlock:
         """Texts to token ids, pictures to pixels, and similar items side by side so that batches have little padding.
 
-        Each item goes through the processor alone: one unreadable picture spoils nothing else, and no more than one
-        picture is open at its full size.
+        Each item goes through the processor alone: an unreadable picture spoils nothing else, and no more than one
+        item's pictures are open at their full size. An item goes on with those of its pictures that can be read; one that
+        has pictures, and none that can be read, is left out.
+
+        Args:
+            number: of the block in the table.
+            items: usable items, in table order.
+            known_rejects: rows among them that were left out before.
         """
-        places, prepared, rejects = [], [], []
-        for row in rows:
-            place = _place_of(row)
+        places, prepared = [], []
+        found: list[Reject] = []
+        for place, item in items:
             try:
-                prepared.append(self._prepare_item(place, row))
+                opened, faults = _with_open_pictures(item)
+                found += map(place.rejected, faults)
+                prepared.append(self.processor(opened, padding=False))
                 places.append(place)
-            except Exception as error:  # picture decoders raise errors of every kind; whatever it is, it is listed
-                rejects.append(Reject(place, _reason(error)))
+            except Exception as error:  # whatever it is, it is listed
+                found.append(place.rejected(_reason(error)))
+        rejects = sorted([*known_rejects, *found], key=lambda reject: reject.row) if found else list(known_rejects)
         sizes = [(one["num_images"][0], len(one["input_ids"][0])) for one in prepared]
         order = sorted(range(len(places)), key=lambda at: (sizes[at], at))
         pixels = [prepared[at]["pixel_values"] for at in order if "pixel_values" in prepared[at]]
@@ -154,7 +161,7 @@ class ItemEncoder:
         finite = np.isfinite(embeddings).all(1) & np.isfinite(visual).all(1)
         places = [block.places[at] for at in back]
         lost = [
-            Reject(place, f"the model's embedding is not finite in {self.dtype}")
+            place.rejected(f"the model's embedding is not finite in {self.dtype}")
             for place, is_finite in zip(places, finite, strict=True)
             if not is_finite
         ]
@@ -172,30 +179,6 @@ class ItemEncoder:
         """Of the embeddings."""
         config = self.model.config
         return config.embedding_dim or config.text_config.hidden_size
-
-    def _prepare_item(self, place: Place, row: TableRow) -> Any:
-        """The processor's output for one item.
-
-        Raises:
-            ValueError: for a row that is no usable item.
-        """
-        if isinstance(row.raw, BadRow):
-            raise ItemError(row.raw.reason)
-        if not place.item_id:
-            raise ItemError("item_id is missing")
-        if row.repeated:
-            raise ItemError("item_id stands in an earlier row")
-        if place.item_id != row_id(row.raw.get("item_id")):
-            raise ItemError("item_id is not valid Unicode")
-        try:
-            item = item_from_row(row.raw, row.folder)
-        except (ValueError, TypeError) as error:
-            raise ItemError(f"unreadable topics: {error}") from error
-        del item["item_id"]  # rejects name it; the processor's messages shall not repeat it
-        text = item_text(item, WORDINGS[self.processor.prompt_language], self.processor.limits, lambda text, _: text)
-        if not (text.title or text.topics or text.content or "image" in item):
-            raise ItemError("neither text nor image")
-        return self.processor(item, padding=False)
 
     def _batches(self, block: PreparedBlock) -> Iterator[dict[str, torch.Tensor]]:
         tokenizer = self.processor.tokenizer
@@ -222,9 +205,50 @@ class ItemEncoder:
         return embeddings, output.visual_embeddings.float().cpu().numpy() if self.visual else np.zeros_like(embeddings)
 
 
-def _place_of(row: TableRow) -> Place:
-    item_id = "" if isinstance(row.raw, BadRow) else row_id(row.raw.get("item_id"))
-    return Place(_valid(item_id), row.file, row.number)
+def items_between(items: ItemTable, start: int, stop: int) -> Iterator[tuple[Place, Item]]:
+    """The items of some rows of their table, with their places."""
+    for position in items.between(start, stop):
+        yield Place(items.item_ids[position], *items.place(position)), items[position]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a table, as an encoding job goes through them: items, and what is left out.
+
+    Attributes:
+        items: the usable rows.
+        rejects: the others.
+    """
+
+    items: ItemTable
+    rejects: Rejects
+
+    def __len__(self) -> int:
+        return len(self.items.table)
+
+    def prepare(self, encoder: ItemEncoder, number: int, rows: tuple[int, int]) -> PreparedBlock:
+        """A block of rows, ready for the model."""
+        return encoder.prepare(number, items_between(self.items, *rows), self.rejects.between(*rows))
+
+
+def _with_open_pictures(item: Item) -> tuple[Item, list[str]]:
+    """The item without its id, which rejects name, its readable pictures opened; and why others can't be.
+
+    Raises:
+        ItemError: when it has nothing, or pictures of which none can be read.
+    """
+    content = {name: value for name, value in item.items() if name != "item_id"}
+    if not content:
+        raise ItemError("neither text nor image")
+    pictures, faults = [], []
+    for source in image_sources(content.get("image")):
+        try:
+            pictures.append(load_image(source))
+        except ItemError as error:
+            faults.append(_reason(error))
+    if faults and not pictures:
+        raise ItemError(faults[0])
+    return (content | {"image": pictures} if pictures else content), faults
 
 
 def _reason(error: Exception) -> str:
@@ -234,9 +258,4 @@ def _reason(error: Exception) -> str:
     """
     text = re.sub(r" (object )?at 0x[0-9a-f]+", "", " ".join(str(error).split()).removeprefix("row 0: "))
     text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-    return _valid(text)
-
-
-def _valid(text: str) -> str:
-    """Half a surrogate pair, which JSON can hold and Arrow can't, as a question mark."""
     return text.encode("utf-8", "replace").decode()

@@ -12,31 +12,38 @@ from pathlib import Path
 import pyarrow as pa
 
 from hub.catalogue.catalogue import Batch, Catalogue, new_folder
-from hub.catalogue.item_tables import open_items
 from hub.catalogue.shards import embeddings_array, write_parquet
 from training.tables.files import write_json
+from training.tables.items import load_items
 
 
 RECORD = "_export.json"  # the underscore keeps readers of the folder from taking it for data
 ID_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "notellm2/item_id")
 
 
-def export(embeddings: str, name: str, output: str, items: str | None = None, split: str | None = None) -> int:
+def export(
+    embeddings: str,
+    name: str,
+    output: str,
+    items: str | None = None,
+    split: str | None = None,
+    encoding: str | None = None,
+) -> int:
     """Write a catalogue for a database; returns the number of items.
 
     Args:
         embeddings: folder that hub/encode.py wrote.
         name: of `FORMATS`.
         output: folder to write; an earlier export there is replaced.
-        items, split: the item table that was encoded, for titles.
+        items, split, encoding: the item table that was encoded, for titles.
 
     Raises:
         ValueError: for embeddings or an item table that can't be relied on, or an `output` that is something else.
     """
     catalogue = Catalogue.open(embeddings)
-    table = open_items(items, split) if items else None
+    table = load_items(items, split, check_images=False, encoding=encoding)[0] if items else None
     with new_folder(Path(output), RECORD) as folder:
-        for number, batch in enumerate(catalogue.batches(table=table)):
+        for number, batch in enumerate(catalogue.batches(items=table)):
             write_parquet(FORMATS[name](batch), folder / f"vectors-{number:05d}.parquet")
         record = {"format": name, "width": catalogue.width, "items": len(catalogue), "metric": "inner_product"}
         write_json({**record, "model": catalogue.manifest["job"]["model"]}, folder / RECORD)

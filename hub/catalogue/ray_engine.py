@@ -1,6 +1,6 @@
 """The catalogue job as a Ray Data pipeline: block numbers -> actors that prepare -> actors with the model -> the driver.
 
-Every actor reads the table's files itself, so only prepared blocks and embeddings travel; the driver alone writes.
+Every actor maps the table itself, so only prepared blocks and embeddings travel; the driver alone writes.
 """
 
 import logging
@@ -14,8 +14,7 @@ import ray
 import ray.data
 import torch
 
-from hub.catalogue.encoder import EncodedBlock, ItemEncoder
-from hub.catalogue.item_tables import ItemTable
+from hub.catalogue.encoder import EncodedBlock, ItemEncoder, Rows
 from hub.catalogue.shards import Plan
 
 
@@ -41,13 +40,13 @@ class RayOptions:
 class Preparing:
     """The CPU half of the encoder, as an actor."""
 
-    def __init__(self, encoder: ItemEncoder, table: ItemTable, plan: Plan):
+    def __init__(self, encoder: ItemEncoder, rows: Rows, plan: Plan):
         torch.set_num_threads(1)
-        self.encoder, self.table, self.plan = encoder, table, plan
+        self.encoder, self.rows, self.plan = encoder, rows, plan
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        rows = self.table.read(*self.plan.block_range(row["block"]))
-        return {"block": row["block"], "prepared": pickle.dumps(self.encoder.prepare(row["block"], rows))}
+        prepared = self.rows.prepare(self.encoder, row["block"], self.plan.block_range(row["block"]))
+        return {"block": row["block"], "prepared": pickle.dumps(prepared)}
 
 
 class Embedding:
@@ -62,7 +61,7 @@ class Embedding:
 
 
 def encode_with_ray(
-    encoder: ItemEncoder, table: ItemTable, plan: Plan, blocks: list[int], options: RayOptions
+    encoder: ItemEncoder, rows: Rows, plan: Plan, blocks: list[int], options: RayOptions
 ) -> Iterator[EncodedBlock]:
     """Encodes blocks on the cluster and yields them as they are finished.
 
@@ -77,7 +76,7 @@ def encode_with_ray(
         ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))
         .map(
             Preparing,
-            fn_constructor_args=(bare, table, plan),
+            fn_constructor_args=(bare, rows, plan),
             num_cpus=1,
             compute=ray.data.ActorPoolStrategy(size=max(1, options.prepare_actors)),
         )

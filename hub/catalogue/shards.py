@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hub.catalogue.encoder import EncodedBlock, Place, Reject
+from hub.catalogue.encoder import EncodedBlock
 from training.tables.commands import about
 from training.tables.files import atomic_write, write_json
+from training.tables.rejects import Reject
 
 
 MANIFEST = "manifest.json"
@@ -159,7 +160,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return manifest
 
 
-def close_job(folder: Path, job: Mapping[str, Any], plan: Plan, made_with: Mapping[str, Any]) -> dict[str, Any]:
+def close_job(
+    folder: Path, job: Mapping[str, Any], plan: Plan, empty_lines: int, made_with: Mapping[str, Any]
+) -> dict[str, Any]:
     """Writes rejects.parquet and the complete manifest, which is returned. All shards must be there."""
     shards: dict[str, dict[str, Any]] = {}
     with atomic_write(folder / REJECTS) as place, pq.ParquetWriter(place, REJECTS_SCHEMA) as writer:
@@ -182,7 +185,7 @@ def close_job(folder: Path, job: Mapping[str, Any], plan: Plan, made_with: Mappi
         "job": job,
         "width": max((shard.pop("width") for shard in shards.values()), default=0),
         "scale": INT8_SCALE if job["settings"]["embedding_type"] == "int8" else 1,
-        "counts": {"rows": plan.rows, **counts, "empty_lines": plan.rows - sum(counts.values())},
+        "counts": {"rows": plan.rows, **counts, "empty_lines": empty_lines},
         "made_with": made_with,
         "shards": shards,
     }
@@ -200,7 +203,7 @@ def read_rejects(folder: Path, most: int) -> list[Reject]:
     """The first `most` rows that a job left out."""
     rows = next(pq.ParquetFile(folder / REJECTS).iter_batches(most), None)
     return (
-        [Reject(Place(row["item_id"], row["file"], row["row"]), row["reason"]) for row in rows.to_pylist()]
+        [Reject(row["file"], row["row"], [row["item_id"]], row["reason"], row["file"]) for row in rows.to_pylist()]
         if rows
         else []
     )
@@ -230,7 +233,7 @@ def _shard_table(blocks: list[EncodedBlock], embedding_type: str) -> pa.Table:
         columns["visual_embedding"] = embeddings_array(np.concatenate(visual), embedding_type)
         columns["has_image"] = pa.array(np.concatenate([block.has_image for block in blocks]))
     rejects = [
-        {"item_id": reject.place.item_id, "file": reject.place.file, "row": reject.place.row, "reason": reject.reason}
+        {"item_id": "".join(reject.ids), "file": reject.file, "row": reject.row, "reason": reject.reason}
         for block in blocks
         for reject in block.rejects
     ]

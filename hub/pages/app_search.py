@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from huggingface_hub.constants import HF_HOME
-from tqdm.auto import tqdm
 
 from hub.catalogue.catalogue import rows_of_ids
-from hub.catalogue.encoder import ItemEncoder
-from hub.catalogue.item_tables import ItemTable, TableRow, open_items
+from hub.catalogue.encoder import ItemEncoder, Place
 from hub.encode import EncodeArguments, describe_job, describe_model, encode, find_model
 from hub.index import BuildArguments, Index, build
 from modeling_notellm2 import choose_precision
-from modeling_notellm2.rows_notellm2 import item_from_row, row_id
+from training.tables.columns import item_of
+from training.tables.items import ItemTable, load_items
+from training.tables.texts import CellError
 
 
 COMPARE_ALL = 10_000
@@ -65,14 +65,14 @@ class ItemSearch:
     Attributes:
         encoder: of queries, with the model that encoded the catalogue.
         index, visual_index: over multimodal and visual embeddings; the latter None without mICL.
-        table: the catalogue's items.
-        positions: `(n,)` int64, place in `table` of each row of `index`.
+        items: of the catalogue.
+        positions: `(n,)` integer, place in `items` of each row of `index`.
     """
 
     encoder: ItemEncoder
     index: Index
     visual_index: Index | None
-    table: ItemTable
+    items: ItemTable
     positions: np.ndarray
 
     def embed(self, item: Mapping[str, Any]) -> Query:
@@ -81,8 +81,11 @@ class ItemSearch:
         Raises:
             QueryError: for an item with nothing in it, or with a picture that can't be read.
         """
-        row = TableRow("query", 0, Path(), {**item, "item_id": "query"}, repeated=False)
-        block = self.encoder.embed(self.encoder.prepare(0, [row]))
+        try:
+            query = item_of(item, Path())
+        except CellError as error:
+            raise QueryError(str(error)) from error
+        block = self.encoder.embed(self.encoder.prepare(0, [(Place("query", "query", 0), query)]))
         if block.rejects:
             raise QueryError(block.rejects[0].reason)
         seen = block.visual_embeddings is not None and block.has_image[0]
@@ -122,10 +125,7 @@ class ItemSearch:
         row = rows_of_ids(self.index.ids["item_id"], [item_id])[0]
         if row is None:
             raise QueryError(f"There is no item {item_id!r} in this index.")
-        position = int(self.positions[row])
-        found = next(iter(self.table.read(position, position + 1)))
-        assert isinstance(found.raw, dict)  # it was encoded
-        return item_from_row(found.raw, found.folder)
+        return self.items[int(self.positions[row])]
 
     def sample(self, count: int, seed: int = 0) -> list[str]:
         """Ids of some items, always the same."""
@@ -141,6 +141,7 @@ def open_search(
     visual_index: str | None = None,
     *,
     split: str | None = None,
+    encoding: str | None = None,
     cache: str | None = None,
     device: str = "cpu",
     dtype: str = "auto",
@@ -151,18 +152,19 @@ def open_search(
         model: folder or Hub id.
         items: the item table.
         index, visual_index: folders that `hub/index.py` wrote, the second with `--visual`.
-        split: of a data set.
+        split, encoding: of the item table.
         cache: folder for what is built; None: a folder of the user's cache.
         device, dtype: for queries and encoding.
 
     Raises:
         ValueError: for a model, table or index that can't be used, or that don't belong together.
     """
-    folder, table = find_model(model, None), open_items(items, split)
+    folder = find_model(model, None)
+    loaded, _ = load_items(items, split, check_images=False, encoding=encoding)
     precision = choose_precision(dtype, device)
     print(f"Precision: {precision}")
     if index is None:
-        places = build_indexes(folder, table, items, split, cache, device, precision.name)
+        places = build_indexes(folder, loaded, items, split, encoding, cache, device, precision.name)
     else:
         places = index, visual_index
         check_indexes(folder, {"embedding": index, "visual_embedding": visual_index})
@@ -170,7 +172,7 @@ def open_search(
     assert opened is not None
     encoder = ItemEncoder(str(folder), precision.name, device, visual=opened_visual is not None)
     _ = encoder.processor, encoder.model  # loaded before the first query
-    return ItemSearch(encoder, opened, opened_visual, table, positions_of_ids(opened.ids["item_id"], table))
+    return ItemSearch(encoder, opened, opened_visual, loaded, positions_of_ids(opened.ids["item_id"], loaded))
 
 
 def check_indexes(model: Path, places: Mapping[str, str | None]) -> None:
@@ -193,12 +195,21 @@ def check_indexes(model: Path, places: Mapping[str, str | None]) -> None:
 
 
 def build_indexes(
-    model: Path, table: ItemTable, items: str, split: str | None, cache: str | None, device: str, dtype: str
+    model: Path,
+    loaded: ItemTable,
+    items: str,
+    split: str | None,
+    encoding: str | None,
+    cache: str | None,
+    device: str,
+    dtype: str,
 ) -> tuple[str, str | None]:
     """Encodes and indexes a catalogue unless that was done before; folders of the multimodal and the visual index."""
     has_visual = bool(json.loads((model / "config.json").read_text(encoding="utf-8")).get("micl", True))
-    arguments = EncodeArguments(str(model), items, "", split=split, visual=has_visual, device=device, dtype=dtype)
-    job = json.dumps(_without_places(describe_job(arguments, model, table)), sort_keys=True)
+    arguments = EncodeArguments(
+        str(model), items, "", split=split, encoding=encoding, visual=has_visual, device=device, dtype=dtype
+    )
+    job = json.dumps(_without_places(describe_job(arguments, model, loaded.table)), sort_keys=True)
     folder = Path(cache or Path(HF_HOME) / "notellm2-app") / hashlib.sha256(job.encode()).hexdigest()[:16]
     arguments.output = str(folder / "vectors")
     index, visual = folder / "index", folder / "visual_index" if has_visual else None
@@ -213,24 +224,17 @@ def build_indexes(
     return str(index), None if visual is None else str(visual)
 
 
-def positions_of_ids(ids: pa.ChunkedArray, table: ItemTable) -> np.ndarray:
-    """Place of each indexed item in its table: both have one order, and rows that were left out are skipped.
+def positions_of_ids(ids: pa.ChunkedArray, items: ItemTable) -> np.ndarray:
+    """Place of each indexed item among the table's items, `(n,)` int32.
 
     Raises:
         ValueError: when the index is not of this table.
     """
-    positions = np.empty(len(ids), dtype=np.int64)
-    start_of = {part.name: start for part, start in zip(table.parts, table.starts, strict=False)}
-    wanted, found = (one.as_py() for one in ids), 0
-    expected = next(wanted, None)
-    for row in tqdm(table.read(0, len(table)), total=len(table), desc="Matching items", unit="row"):
-        if expected is None:
-            break
-        if isinstance(row.raw, dict) and row_id(row.raw.get("item_id")) == expected:
-            positions[found] = start_of[row.file] + row.number
-            found, expected = found + 1, next(wanted, None)
-    if expected is not None:
-        raise ValueError(f"item_id {expected!r} of the index is not where it should be in {table.source}.")
+    positions = items.item_ids.positions(ids)
+    lost = np.flatnonzero(positions < 0)
+    if len(lost):
+        item_id = ids[int(lost[0])].as_py()
+        raise ValueError(f"item_id {item_id!r} of the index is not where it should be in {items.table.source}.")
     return positions
 
 

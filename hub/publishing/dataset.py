@@ -9,32 +9,30 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCardData
 from jinja2 import Environment, StrictUndefined
 from tqdm.auto import tqdm
 
-from hub.catalogue.item_tables import ItemTable, TableRow, open_items
 from hub.publishing.checks import RefusedError, file_faults
 from hub.publishing.sending import Publication
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.prompts_notellm2 import ItemError
-from modeling_notellm2.rows_notellm2 import (
-    ITEM_FIELDS,
-    BadRow,
-    item_from_row,
-    read_csv_rows,
-    read_json_rows,
-    row_id,
-)
+from training.tables.columns import ITEM_FIELDS
 from training.tables.files import atomic_write
+from training.tables.items import Item, ItemTable, load_items
+from training.tables.pairs import PAIR_IDS
+from training.tables.reading import Table, open_table
+from training.tables.rejects import Reject, RejectedRows, Rejects
 
 
 CARD = Path(__file__).with_name("dataset_card.md.jinja")
@@ -45,8 +43,6 @@ ROWS = 500
 """Rows written at once."""
 SHARD_BYTES = 400 * 2**20
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
-PAIR_IDS = ("query_id", "target_id")
-ITEM_COLUMNS = {"item_id", *ITEM_FIELDS, "file_name", "image_file_name"}
 Row = dict[str, Any]
 
 
@@ -96,22 +92,29 @@ class RejectsFile:
     def __exit__(self, *exception: Any) -> None:
         self.stack.close()  # also after an error, which the rows explain
 
-    def add(self, table: str, row: int, ids: list[str], reason: str) -> None:
-        """One row, numbered from 0."""
-        line = {"table": table, "row": row, "ids": ids, "reason": reason}
-        self.stream.write(json.dumps(line, ensure_ascii=True) + "\n")
+    def add(self, reject: Reject) -> None:
+        """One row, or a picture of it."""
+        self.stream.write(json.dumps(asdict(reject), ensure_ascii=True) + "\n")
 
 
 def prepare_dataset(
-    items: str, pairs: Mapping[str, str | None], staging: Path, details: DataDetails, rejects: Path
+    items: str,
+    pairs: Mapping[str, str | None],
+    staging: Path,
+    details: DataDetails,
+    rejects: Path,
+    split: str | None = None,
+    encoding: str | None = None,
 ) -> Publication:
     """Writes all tables and the card.
 
     Args:
-        items: a table as hub/encode.py reads it.
-        pairs: .parquet, .jsonl or .csv file with query_id and target_id by config; None: there is no such table.
+        items: item table.
+        pairs: pair table by config; None: there is no such table.
         staging: an empty folder.
         rejects: file that lists rows left out.
+        split: of the items; None: all.
+        encoding: of text tables, as of `training.tables.reading.open_table`.
 
     Raises:
         TableError, ValueError: for a table that can't be read, or has no usable row.
@@ -119,11 +122,11 @@ def prepare_dataset(
     """
     written: dict[str, WrittenTable] = {}
     with RejectsFile(rejects) as listed:
-        item_ids: set[str] = set()
-        written[ITEMS] = write_items(open_items(items, every_column=True), staging, listed, item_ids)
+        loaded = load_items(items, split, check_images=False, encoding=encoding)  # they are opened one by one
+        written[ITEMS], published = write_items(*loaded, staging, listed)
         for config, source in pairs.items():
             if source is not None:
-                written[config] = write_pairs(source, config, staging, listed, item_ids)
+                written[config] = write_pairs(open_table(source, encoding=encoding), config, staging, listed, published)
     for config, table in written.items():
         if not table.rows:
             raise ValueError(f"{config}: no usable row; {rejects} lists why.")
@@ -134,56 +137,56 @@ def prepare_dataset(
     return Publication("dataset", files, ("data/*.parquet",))
 
 
-def write_items(table: ItemTable, staging: Path, listed: RejectsFile, item_ids: set[str]) -> WrittenTable:
-    """Items with their pictures' bytes. Ids that are written are added to `item_ids`."""
+def write_items(
+    items: ItemTable, rejects: Rejects, staging: Path, listed: RejectsFile, every_column: bool = True
+) -> tuple[WrittenTable, ItemTable]:
+    """Items with their pictures' bytes, and which of them these are."""
     written = WrittenTable()
+    published: list[int] = []
+    own = [name for name in items.table.column_names if every_column and name not in ("item_id", *ITEM_FIELDS)]
 
     def usable() -> Iterator[Row]:
-        for row in tqdm(table.read(0, len(table)), desc="Items", total=len(table), unit="item"):
-            try:
-                item = published_item(row)
-            except ValueError as error:
-                ids = [] if isinstance(row.raw, BadRow) else [row_id(row.raw.get("item_id"))]
-                listed.add(row.file, row.number, ids, str(error))
-                written.rejects += 1
-            else:
-                item_ids.add(item["item_id"])
-                yield item
+        for start in tqdm(range(0, len(items.table), ROWS), desc="Items", unit="block"):
+            stop = start + ROWS
+            lost = [(reject.file, reject.row, reject) for reject in rejects.between(start, stop)]
+            rows: list[Row] = []
+            for position in items.between(start, stop):
+                file, number = items.place(position)
+                item, faults = published_item(items[position])
+                lost += [
+                    (file, number, Reject(items.table.source, number, [item["item_id"]], fault, file))
+                    for fault in faults
+                ]
+                if item["image"] or not faults:
+                    published.append(position)
+                    rows.append(items.table.row(int(items.rows[position]), own) | item)
+            for *_, reject in sorted(lost, key=lambda one: one[:2]):
+                listed.add(reject)
+            written.rejects += len(lost)
+            yield from rows
 
-    several, extra = look_through(table)
+    several = _several_pictures(items)
     text = datasets.Value("string")
     image = datasets.List(datasets.Image()) if several else datasets.Image()
-    own = {"item_id": text, "title": text, "topics": datasets.List(text), "content": text, "image": image}
+    features = {"item_id": text, "title": text, "topics": datasets.List(text), "content": text, "image": image}
+    extra = datasets.Features.from_arrow_schema(pa.schema([items.table.schema.field(name) for name in own]))
     rows = usable() if several else ({**item, "image": (item["image"] or [None])[0]} for item in usable())
-    write_table(rows, datasets.Features({**own, **extra}), ITEMS, staging, written)
-    return written
+    write_table(rows, datasets.Features({**features, **extra}), ITEMS, staging, written)
+    return written, items.select(published)
 
 
-def published_item(row: TableRow) -> Row:
-    """A row as others can read it: pictures as a list of `{"bytes", "path"}`, the path a bare name.
+def published_item(item: Item) -> tuple[Row, list[str]]:
+    """An item as others can read it, and why pictures of it can't be read.
 
-    Raises:
-        ValueError: for a row that is no usable item.
+    The pictures are a list of `{"bytes", "path"}`, the path a bare name.
     """
-    if isinstance(row.raw, BadRow):
-        raise ItemError(row.raw.reason)
-    try:
-        item = item_from_row(row.raw, row.folder)
-    except (ValueError, TypeError) as error:
-        raise ItemError(f"unreadable topics: {error}") from error
-    if not item["item_id"]:
-        raise ItemError("item_id is missing")
-    if row.repeated:
-        raise ItemError("item_id stands in an earlier row")
-    if len(item) == 1:
-        raise ItemError("neither text nor image")
-    try:
-        json.dumps(item, ensure_ascii=False, default=lambda _: None).encode()
-    except UnicodeEncodeError as error:
-        raise ItemError(f"a text is not valid Unicode ({error.reason})") from error
-    pictures = [published_image(source) for source in image_sources(item.get("image"))]
-    others = {name: value for name, value in row.raw.items() if name not in ITEM_FIELDS}
-    return {**others, **{name: item.get(name) for name in ("item_id", *ITEM_FIELDS)}, "image": pictures}
+    pictures, faults = [], []
+    for source in image_sources(item.get("image")):
+        try:
+            pictures.append(published_image(source))
+        except ItemError as error:
+            faults.append(str(error))
+    return {**{name: item.get(name) for name in ("item_id", *ITEM_FIELDS)}, "image": pictures}, faults
 
 
 def published_image(source: Any) -> Row:
@@ -199,96 +202,62 @@ def published_image(source: Any) -> Row:
     return {"bytes": path.read_bytes(), "path": path.name}
 
 
-def write_pairs(source: str, config: str, staging: Path, listed: RejectsFile, item_ids: set[str]) -> WrittenTable:
+def write_pairs(table: Table, config: str, staging: Path, listed: RejectsFile, published: ItemTable) -> WrittenTable:
     """Pairs whose both items are published."""
+    if missing := set(PAIR_IDS) - set(table.column_names):
+        raise ValueError(
+            f"{table.source}: a pair table needs query_id and target_id; {', '.join(sorted(missing))} is missing."
+        )
     written = WrittenTable()
+    known = np.stack([published.item_ids.positions(table.column(name)) for name in PAIR_IDS], axis=1) >= 0
+    unreadable, rejects = table.unreadable(PAIR_IDS)
 
     def usable() -> Iterator[Row]:
-        for number, raw in enumerate(tqdm(read_pairs(source), desc=config, unit="pair")):
-            if raw is None:
-                continue
-            try:
-                yield published_pair(raw, item_ids)
-            except ValueError as error:
-                ids = [] if isinstance(raw, BadRow) else [row_id(raw.get(name)) for name in PAIR_IDS]
-                listed.add(source, number, ids, str(error))
-                written.rejects += 1
+        for start in tqdm(range(0, len(table), ROWS), desc=config, unit="block"):
+            lost = rejects.between(start, start + ROWS)
+            for row in np.flatnonzero(~unreadable[start : start + ROWS]) + start:
+                values = table.row(int(row), table.column_names)
+                try:
+                    yield published_pair(values, known[row])
+                except ValueError as error:
+                    only = RejectedRows(table, np.array([row]), str(error), id_columns=PAIR_IDS)
+                    lost += list(only)
+            for reject in sorted(lost, key=lambda reject: (reject.file, reject.row)):
+                listed.add(reject)
+            written.rejects += len(lost)
 
-    write_table(usable(), pair_features(source), config, staging, written)
+    write_table(usable(), pair_features(table), config, staging, written)
     return written
 
 
-def published_pair(raw: Row | BadRow, item_ids: set[str]) -> Row:
-    """A pair with its ids as text and its score as a number.
+def published_pair(values: Row, known: np.ndarray) -> Row:
+    """A pair with its score as a number; `known` is (2,) bool, whether query and target are published.
 
     Raises:
-        ValueError: for a row that can't be read, names an item that isn't published, or has a score that is no number.
+        ValueError: for a row that names an item that isn't published, or has a score that is no number.
     """
-    if isinstance(raw, BadRow):
-        raise ValueError(raw.reason)
-    ids = {name: row_id(raw.get(name)) for name in PAIR_IDS}
-    if unknown := [one for one in ids.values() if one not in item_ids]:
-        raise ValueError(f"no published item {', '.join(map(repr, unknown))}")
-    score = {"score": None if raw["score"] in (None, "") else float(raw["score"])} if "score" in raw else {}
-    return {**raw, **ids, **score}
+    if unknown := [values[name] for name, is_known in zip(PAIR_IDS, known, strict=True) if not is_known]:
+        raise ValueError(f"no published item {', '.join(repr(one or '') for one in unknown)}")
+    score = {"score": None if values["score"] in (None, "") else float(values["score"])} if "score" in values else {}
+    return {**values, **score}
 
 
-def read_pairs(source: str) -> Iterator[Row | BadRow | None]:
-    """Rows of a pair table; None for an empty line.
-
-    Raises:
-        ValueError: for a file of another type, or none.
-    """
-    path = Path(source)
-    readers = {".jsonl": read_json_rows, ".csv": read_csv_rows}
-    if not path.is_file() or path.suffix.lower() not in (".parquet", *readers):
-        raise ValueError(f"{source}: a pair table is a .parquet, .jsonl or .csv file.")
-    if path.suffix.lower() != ".parquet":
-        return readers[path.suffix.lower()](path)
-    return (row for batch in pq.ParquetFile(path).iter_batches(10_000) for row in batch.to_pylist())
+def pair_features(table: Table) -> datasets.Features:
+    """Columns of a pair table: ids as text, `score` a number, others as they are."""
+    types = {name: table.schema.field(name).type for name in table.column_names}
+    text = {name: pa.string() for name, kind in types.items() if kind == pa.large_string()}
+    numbers = {"score": pa.float64()} if "score" in types else {}
+    order = dict.fromkeys(PAIR_IDS, pa.string())
+    return datasets.Features.from_arrow_schema(pa.schema({**order, **types, **text, **numbers}))
 
 
-def pair_features(source: str) -> datasets.Features:
-    """Columns of a pair table: ids as text, `score` a number, others as they are.
-
-    Raises:
-        ValueError: when an id column is missing.
-    """
-    if source.lower().endswith(".parquet"):
-        schema = pq.read_schema(source).remove_metadata()
-        others = {name: schema.field(name).type for name in schema.names}
-    else:
-        names = {name: None for row in read_pairs(source) if isinstance(row, dict) for name in row}
-        others = dict.fromkeys(names, pa.string())
-    if missing := set(PAIR_IDS) - set(others):
-        raise ValueError(
-            f"{source}: a pair table needs query_id and target_id; {', '.join(sorted(missing))} is missing."
-        )
-    numbers = {"score": pa.float64()} if "score" in others else {}
-    text = dict.fromkeys(PAIR_IDS, pa.string())
-    return datasets.Features.from_arrow_schema(pa.schema({**text, **others, **text, **numbers}))
-
-
-def look_through(table: ItemTable) -> tuple[bool, datasets.Features]:
-    """Whether any item has several pictures, and the columns that are no field of an item.
-
-    Raises:
-        ValueError: for a column whose values have no common type.
-    """
-    several, samples = False, {}
-    for row in tqdm(table.read(0, len(table)), desc="Looking through the items", total=len(table), unit="item"):
-        for name, value in row.raw.items() if isinstance(row.raw, dict) else ():
-            if name == "image":
-                several |= isinstance(value, list) and len(value) > 1
-            elif name not in ITEM_COLUMNS:
-                samples.setdefault(name, {}).setdefault(type(value), value)
-    fields = {}
-    for name, of_type in samples.items():
-        try:
-            fields[name] = pa.infer_type(list(of_type.values()))
-        except pa.ArrowException as error:
-            raise ValueError(f"{table.source}: the values of column {name} have no common type ({error}).") from error
-    return several, datasets.Features.from_arrow_schema(pa.schema(fields))
+def _several_pictures(items: ItemTable) -> bool:
+    """Whether any item has several pictures."""
+    if "image" not in items.table.column_names:
+        return False
+    return any(
+        (pc.max(pc.list_value_length(block["image"])).as_py() or 0) > 1 for _, block in items.table.blocks(["image"])
+    )
 
 
 def write_table(

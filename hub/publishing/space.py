@@ -9,12 +9,12 @@ from pathlib import Path
 import yaml
 
 from hub.cards.model import check_id, is_hub_id
-from hub.catalogue.item_tables import open_items
 from hub.index import RECORD
 from hub.publishing.checks import RefusedError, file_faults
 from hub.publishing.dataset import RejectsFile, write_items
 from hub.publishing.model import portable
 from hub.publishing.sending import Publication
+from training.tables.items import load_items
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +53,8 @@ class SpaceDetails:
     index: str
     items: str
     visual_index: str | None = None
+    split: str | None = None
+    encoding: str | None = None
 
 
 def prepare_space(details: SpaceDetails, staging: Path, rejects: Path) -> Publication:
@@ -81,7 +83,8 @@ def prepare_space(details: SpaceDetails, staging: Path, rejects: Path) -> Public
     if Path(details.items).exists():
         options["items"] = "items"
         with RejectsFile(rejects) as listed:
-            write_items(open_items(details.items), staging / "items", listed, set())
+            loaded = load_items(details.items, details.split, check_images=False, encoding=details.encoding)
+            write_items(*loaded, staging / "items", listed, every_column=False)
         files |= {f"items/{path.name}": path for path in sorted((staging / "items" / "data").iterdir())}
     for name, text in texts(details, options).items():
         (staging / name).write_text(text, encoding="utf-8")

@@ -24,13 +24,13 @@ import ray
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, HfArgumentParser, LlamaConfig, LlamaModel
 
-from hub.catalogue.encoder import ItemEncoder
-from hub.catalogue.item_tables import open_items
+from hub.catalogue.encoder import ItemEncoder, Rows
 from hub.catalogue.ray_engine import RayOptions, encode_with_ray
 from hub.catalogue.shards import Plan
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
 from tests.conftest import QFORMER, make_image_processor, make_tokenizer
 from tests.support.catalogue import make_items
+from training.tables.items import load_items
 
 
 ROWS = 16
@@ -68,11 +68,11 @@ def make_model(folder: Path) -> None:
 
 def ray_rate(model: str, table_path: str, blocks: int, actors: int) -> float:
     """Items a second of the pipeline with so many model workers."""
-    table, plan = open_items(table_path), Plan(blocks * ROWS, ROWS, ROWS)
+    rows, plan = Rows(*load_items(table_path)), Plan(blocks * ROWS, ROWS, ROWS)
     encoder = ItemEncoder(model, batch_size=ROWS)
     arrivals = [
         time.perf_counter()
-        for _ in encode_with_ray(encoder, table, plan, list(range(blocks)), RayOptions(None, 1, actors, 1, 0))
+        for _ in encode_with_ray(encoder, rows, plan, list(range(blocks)), RayOptions(None, 1, actors, 1, 0))
     ]
     first, last = 2 * actors, blocks - actors
     return (last - first) * ROWS / (arrivals[last - 1] - arrivals[first - 1])
@@ -82,7 +82,7 @@ def embed_again_and_again(model: str, table_path: str, seconds: float, all_ready
     """Counts the items that this process embeds in so many seconds."""
     torch.set_num_threads(1)
     encoder = ItemEncoder(model, batch_size=ROWS)
-    block = encoder.prepare(0, open_items(table_path).read(0, ROWS))
+    block = Rows(*load_items(table_path)).prepare(encoder, 0, (0, ROWS))
     encoder.embed(block)
     all_ready.wait()
     start, items = time.perf_counter(), 0

@@ -81,9 +81,9 @@ def messy_rows() -> tuple[list[str], dict[int, tuple[str, str]]]:
         10: (json.dumps({"item_id": "gone", "image": ["fine.png", "gone.png"]}), "gone", "gone.png does not exist"),
         11: (json.dumps({"item_id": "empty", "title": " \n", "topics": []}), "empty", "neither text nor image"),
         17: (json.dumps({"item_id": " n2 ", "title": "again"}), "n2", "item_id stands in an earlier row"),
-        18: ('{"item_id": "topics", "topics": 5}', "", "topics must be text or a list of texts"),
-        25: ('{"item_id": "half\\ud800", "title": "x"}', "half?", "item_id is not valid Unicode"),
-        26: ('{"item_id": "half", "title": "x\\ud800"}', "half", ""),
+        18: ('{"item_id": "topics", "topics": 5}', "topics", "topics must be text or a list of texts"),
+        25: ('{"item_id": "half\\ud800", "title": "x"}', "", "item_id is not valid Unicode"),
+        26: ('{"item_id": "half", "title": "x\\ud800"}', "half", "title is not valid Unicode"),
         33: ('{"item_id": 5, "image": "", "image_file_name": ["a"]}', "5", "image"),
         38: ("[" * 100_000, "", "recursion"),
     }

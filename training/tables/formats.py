@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from training.tables.columns import Classes, arrow_column, cells_column, own_type, reason_of
 from training.tables.lines import BadRow, Row, csv_header, read_csv, read_json
 from training.tables.rejects import TableError
 from training.tables.sources import TableFile, TableSplit, file_sha256
-from training.tables.texts import Faults
+from training.tables.texts import Faults, is_stringlike
 
 
 MOST_ROWS = 10_000
-MOST_BYTES = 32 * 2**20
+MOST_BYTES = 16 * 2**20
 """Of a block. Rows with pictures are so few at once that no offset of 32 bits overflows."""
 PROBE = 16
 """Rows of a Parquet file that are read to see how large they are."""
@@ -169,14 +170,14 @@ class ParquetPart:
             row_bytes = max(row_bytes, metadata.total_byte_size / max(metadata.num_rows, 1))
             done = 0
             try:
-                if done == 0 and metadata.num_rows:
+                if metadata.num_rows:
                     probe = next(self._file.iter_batches(PROBE, [group], use_threads=False))
-                    row_bytes = max(row_bytes, probe.nbytes / len(probe))
+                    row_bytes = max(row_bytes, _bytes(probe) / len(probe))
                 size = int(min(max(MOST_BYTES / row_bytes, 1), MOST_ROWS))
                 for batch in self._file.iter_batches(size, [group], use_threads=False):
                     yield from self._cut(batch, types)
                     done += len(batch)
-                    row_bytes = max(row_bytes, batch.nbytes / max(len(batch), 1))
+                    row_bytes = max(row_bytes, _bytes(batch) / max(len(batch), 1))
             except (OSError, pa.ArrowException) as error:
                 yield _lost(metadata.num_rows - done, f"the Parquet file is damaged here ({error})")
 
@@ -186,8 +187,7 @@ class ParquetPart:
 
     def _cut(self, batch: pa.RecordBatch, types: Types) -> Iterator[Block]:
         """A batch in pieces of about `MOST_BYTES`."""
-        pieces = max(1, -(-batch.nbytes // MOST_BYTES))
-        size = max(1, len(batch) // pieces)
+        size = max(1, len(batch) * MOST_BYTES // max(_bytes(batch), MOST_BYTES))
         for start in range(0, len(batch), size):
             piece = batch.slice(start, size)
             yield _arrow_block(
@@ -260,6 +260,16 @@ def _arrow_block(columns: dict[str, pa.Array], rows: int, types: Types, classes:
         made[name], broken = arrow_column(name, column, types[name], classes.get(name))
         _add(faults, broken, name)
     return Block(rows, made, faults)
+
+
+def _bytes(batch: pa.RecordBatch) -> int:
+    """Of a batch, once its dictionaries are written out."""
+    total = 0
+    for column in batch.columns:
+        total += column.nbytes
+        if pa.types.is_dictionary(column.type) and is_stringlike(column.type.value_type):
+            total += pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    return total
 
 
 def _lost(rows: int, reason: str) -> Block:

@@ -169,7 +169,7 @@ def load_items(
         screening.open_pictures(screening.items(), num_workers)
     items = screening.items()
     if not len(items):
-        first = next(iter(screening.rejects), None)
+        first = screening.rejects.first()
         reason = f"; the first: {first.reason}" if first else ""
         raise TableError(f"{source}: none of {len(screening.table)} rows is usable{reason}.")
     return items, screening.rejects

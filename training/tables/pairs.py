@@ -92,7 +92,7 @@ def match_pairs(source: str, items: "ItemTable", split: str | None = None, encod
         rejects += Rejects(RejectedRows(table, np.flatnonzero(wrong & ~unreadable), reason, id_columns=PAIR_IDS))
     usable = known.all(1) & (pairs[:, 0] != pairs[:, 1])
     if not usable.any():
-        first = next(iter(rejects), None)
+        first = rejects.first()
         raise TableError(
             f"{source}: none of {len(table)} pairs is usable"
             + (f"; the first: {first.reason}. Does it belong to the item table?" if first else ".")

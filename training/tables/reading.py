@@ -185,6 +185,10 @@ class Table:
         broken = pc.fill_null(pc.not_equal(faults, EMPTY_LINE), False).to_numpy()
         return without, Rejects(RejectedRows(self, np.flatnonzero(broken), None, id_columns=id_columns))
 
+    def empty_lines(self) -> int:
+        """How many rows are empty lines of text files."""
+        return sum(pc.sum(pc.equal(batch.column(FAULT), EMPTY_LINE)).as_py() or 0 for batch in self.batches)
+
     @cached_property
     def _part_starts(self) -> dict[int, int]:
         starts: dict[int, int] = {}

@@ -99,6 +99,10 @@ class Rejects:
     def __iter__(self) -> Iterator[Reject]:
         return (reject for group in self.groups for reject in group)
 
+    def first(self) -> Reject | None:
+        """The first row of all, if there is one."""
+        return next(iter(min(self.groups, key=lambda group: group.rows[0])), None) if self.groups else None
+
     def between(self, start: int, stop: int) -> list[Reject]:
         """Those of rows `start` to `stop`, by row."""
         groups = [group.between(start, stop) for group in self.groups]

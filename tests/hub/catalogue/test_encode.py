@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from hub import encode as encode_module
-from hub.catalogue.encoder import ItemEncoder
-from hub.catalogue.item_tables import TableError, open_items
+from hub.catalogue.encoder import ItemEncoder, items_between
 from hub.catalogue.shards import MANIFEST, REJECTS, ShardError
 from hub.encode import encode
 from modeling_notellm2 import Precision
@@ -33,6 +32,7 @@ from tests.support.catalogue import (
     vectors,
     write_items,
 )
+from training.tables.items import TableError, load_items
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +137,12 @@ def test_every_kind_of_table_gives_the_same(items, encoded, tiny_model_folder, t
         assert manifest["counts"]["rejects"] == 0, place
         assert shards.column("item_id").to_pylist() == [item["item_id"] for item in items], place
         assert np.abs(vectors(shards) - reference).max() < 1e-5, place
-    assert len(open_items(str(tmp_path / "saved"), split="test")) == 40
+    assert len(load_items(str(tmp_path / "saved"), "test")[0]) == 40
     with pytest.raises(TableError, match="no split 'dev'; there are train, test"):
-        open_items(str(tmp_path / "saved"), split="dev")
+        load_items(str(tmp_path / "saved"), "dev")
 
 
-def test_bad_rows_are_listed_and_their_neighbours_unharmed(messy_encoded, encoded, tiny_model_folder, tmp_path):
+def test_bad_rows_are_listed_and_their_neighbours_unharmed(messy, messy_encoded, tiny_model_folder, tmp_path):
     lines, bad = messy_rows()
     rejects = {row["row"]: row for row in pq.read_table(messy_encoded / REJECTS).to_pylist()}
     assert set(rejects) == set(bad)
@@ -151,7 +151,8 @@ def test_bad_rows_are_listed_and_their_neighbours_unharmed(messy_encoded, encode
         assert rejects[line]["file"] == "items.jsonl"
         assert reason in rejects[line]["reason"]
         assert "row 0" not in rejects[line]["reason"]
-    clean = [json.loads(line) for number, line in enumerate(lines) if number not in bad]
+    clean = [{"image": None, **json.loads(line)} for number, line in enumerate(lines) if number not in bad]
+    clean.insert(6, {"item_id": "gone", "image": (messy.parent / "fine.png").read_bytes()})  # its other picture counts
     alone = write_items(clean, tmp_path / "clean.parquet")
     encode(arguments(tiny_model_folder, alone, tmp_path / "clean"))
     there, wanted = read_shards(messy_encoded), read_shards(tmp_path / "clean")
@@ -159,7 +160,7 @@ def test_bad_rows_are_listed_and_their_neighbours_unharmed(messy_encoded, encode
     assert np.abs(vectors(there) - vectors(wanted)).max() < 1e-5
     assert json.loads((messy_encoded / MANIFEST).read_text())["counts"] == {
         "rows": 41,
-        "items": 28,
+        "items": 29,
         "rejects": 12,
         "empty_lines": 1,
     }
@@ -180,7 +181,7 @@ def test_exit_codes_and_summary(messy, table, tiny_model_folder, tmp_path, monke
     assert (code, out) == (0, f"{precision}{tmp_path / 'all'}: 70 items, 24 dimensions as float32, shards: 5\n")
     code, out, _ = run(messy, "some")
     assert code == 3
-    assert "28 items" in out
+    assert "29 items" in out
     assert "12 of 41 rows left out" in out
     assert "items.jsonl, row 9, item_id 'cut': image can't be read" in out
     code, _, err = run(tmp_path / "none.csv", "no")
@@ -190,7 +191,7 @@ def test_exit_codes_and_summary(messy, table, tiny_model_folder, tmp_path, monke
     hopeless.write_text('{"item_id": "a"}\n{"title": "b"}\n')
     code, _, err = run(hopeless, "hopeless")
     assert code == 1
-    assert "none of 2 rows could be encoded; the first: neither text nor image" in err
+    assert "none of 2 rows is usable; the first: neither text nor image" in err
 
 
 def test_an_embedding_that_is_not_finite_is_a_reject(table, tiny_model_folder, tmp_path):
@@ -245,7 +246,7 @@ def test_a_finished_job_mends_its_shards(encoded, table, tiny_model_folder, tmp_
 
 def test_batches_hold_items_of_like_length(table, tiny_model_folder):
     encoder = ItemEncoder(str(tiny_model_folder), batch_size=8)
-    block = encoder.prepare(0, open_items(str(table)).read(0, 64))
+    block = encoder.prepare(0, items_between(load_items(str(table))[0], 0, 64))
     assert sorted(block.order) == list(range(64))
     with_image = [count > 0 for count in block.num_images]
     assert with_image == sorted(with_image)

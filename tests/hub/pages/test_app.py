@@ -17,10 +17,10 @@ from PIL import Image
 from playwright.sync_api import Page
 
 from hub.app import EMPTY
-from hub.catalogue.item_tables import open_items
 from hub.pages.app_search import QueryError, open_search, positions_of_ids
 from tests.support.browser import open_page
 from tests.support.catalogue import make_items, read_shards, vectors, write_items
+from training.tables.items import load_items
 
 
 ROOT = Path(__file__).parents[3]
@@ -231,7 +231,7 @@ def test_a_second_start_builds_nothing_and_another_index_is_refused(
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"item_id": f"n{n}", "title": "x"}) + "\n" for n in range(5)))
     with pytest.raises(ValueError, match="not where it should be"):
-        positions_of_ids(search.index.ids["item_id"], open_items(str(other)))
+        positions_of_ids(search.index.ids["item_id"], load_items(str(other))[0])
 
 
 def test_without_a_visual_index_the_multimodal_one_is_searched(search, tiny_model_folder, catalogue, cache):

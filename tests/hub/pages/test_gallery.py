@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from hub.gallery import GalleryArguments, View, gallery, main, nearest, read_labels, write_gallery
+from hub.gallery import GalleryArguments, View, gallery, main, nearest, write_gallery
 from tests.support.browser import open_page
 
 
@@ -197,15 +197,6 @@ def test_mistakes_end_with_what_to_do(tiny_model_folder, tmp_path, monkeypatch, 
     shown = read_page(tmp_path / "page.html")
     assert len(shown) == 3
     assert all(len(views["Picture and text"]) == 2 for views in shown.values())
-
-
-def test_labels_are_read_from_text_tables_too(tmp_path):
-    (tmp_path / "items.csv").write_text("item_id,title,kind\n007,a,red\n8,b,\n")
-    assert read_labels(str(tmp_path / "items.csv"), "kind") == {"007": "red"}
-    with pytest.raises(ValueError, match="no column colour"):
-        read_labels(str(tmp_path / "items.csv"), "colour")
-    with pytest.raises(ValueError, match="read from a .parquet, .jsonl or .csv file"):
-        read_labels(str(tmp_path), "kind")
 
 
 def test_a_page_that_fails_leaves_the_old_one(tmp_path):

@@ -108,12 +108,12 @@ def test_an_adapter_alone_finds_its_base_by_name(at_hub, base, coloured_tables, 
 TRAIN = """
 import sys
 from datasets import load_dataset
-from hub.catalogue.item_tables import open_items
 from training.run import main
+from training.tables.items import load_items
 
 items = load_dataset("org/data", "items", split="train")
 assert items[0]["image"].size == (32, 32), items[0]
-assert len(open_items("org/data:items")) == len(items) == 144
+assert len(load_items("org/data:items")[0]) == len(items) == 144
 main()
 """
 

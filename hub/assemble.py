@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hub.backbones.packaged import keep_layers, load_efficientnet_lite0, load_smollm2
+from hub.backbones.joining import check_saved
+from hub.backbones.layers import keep_layers
+from hub.backbones.packaged import load_efficientnet_lite0, load_smollm2
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
+from modeling_notellm2.backbones_notellm2 import load_language_model
 from training.tables.commands import DONE, command, parse
 from training.tables.files import atomic_write, check_replaceable, write_json
 
@@ -58,6 +61,10 @@ class AssembleArguments:
     prompt_language: str = field(default="zh", metadata={"help": "Wording of the prompt: zh (published) or en."})
     max_title_length: int = field(default=20, metadata={"help": "Characters of the title that are read."})
     max_content_length: int = field(default=80, metadata={"help": "Characters of the content that are read."})
+    check: bool = field(
+        default=True,
+        metadata={"help": "Try the LLM, and load the result and compare, before it takes its place; seconds."},
+    )
     seed: int = field(default=0, metadata={"help": "Of everything that starts at random."})
 
 
@@ -71,7 +78,9 @@ def assemble(arguments: AssembleArguments) -> tuple[NoteLLM2Model, NoteLLM2Proce
     language_model, tokenizer = load_text(arguments.text, arguments.text_layers)
     vision, image_processor = load_vision(arguments.vision)
     set_seed(arguments.seed)  # after loading, which may draw random numbers of its own
-    model = NoteLLM2Model.from_vision_text_pretrained(vision, language_model, **config_overrides(arguments))
+    model = NoteLLM2Model.from_vision_text_pretrained(
+        vision, language_model, check=arguments.check, **config_overrides(arguments)
+    )
     processor = NoteLLM2Processor.from_vision_text_pretrained(
         image_processor,
         tokenizer,
@@ -88,7 +97,7 @@ def load_text(source: str, text_layers: str | None) -> tuple[PreTrainedModel, Pr
     layers = None if text_layers is None else layer_numbers(text_layers)
     if source == PACKAGED_TEXT:
         return load_smollm2(layers)
-    model = AutoModel.from_pretrained(source)
+    model = load_language_model(source)
     if layers is not None:
         keep_layers(model, layers)
     return model, AutoTokenizer.from_pretrained(source)
@@ -137,6 +146,8 @@ def save(model: NoteLLM2Model, processor: NoteLLM2Processor, arguments: Assemble
     with atomic_write(output) as place:
         model.save_pretrained(place)
         processor.save_pretrained(place)
+        if arguments.check:
+            check_saved(place, model)
         write_json(asdict(arguments), place / RECORD)
     return output
 

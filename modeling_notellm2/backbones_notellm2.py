@@ -181,6 +181,7 @@ class ItemTokens:
     image_id: int
     visual_embedding_id: int
     fresh: bool  # no training has used their embedding rows yet
+    vocabulary: int  # tokens that the tokenizer has beside them
 
 
 def item_tokens(tokenizer: PreTrainedTokenizerBase) -> ItemTokens:
@@ -189,6 +190,7 @@ def item_tokens(tokenizer: PreTrainedTokenizerBase) -> ItemTokens:
     A vocabulary that has tokens of these names keeps them; one with reserved tokens (Llama 3, Gemma) lends its last two,
     so that the embedding matrix need not grow; any other is extended. All become special tokens.
     """
+    check_tokenizer(tokenizer)
     names = [IMAGE_TOKEN, VISUAL_EMBEDDING_TOKEN]
     vocabulary = tokenizer.get_vocab()
     spare: list[str] = []
@@ -198,8 +200,24 @@ def item_tokens(tokenizer: PreTrainedTokenizerBase) -> ItemTokens:
         names = spare[-2:]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
     image_id, visual_embedding_id = (tokenizer.get_vocab()[name] for name in names)
+    taken = {number for name, number in vocabulary.items() if name not in names}
+    if not taken.isdisjoint({image_id, visual_embedding_id}):
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives {' and '.join(names)} ids that other tokens have: its ids have gaps. Add the two "
+            "tokens to the tokenizer yourself, with ids of their own, and save it."
+        )
     appended = min(image_id, visual_embedding_id) >= len(tokenizer) - 2
-    return ItemTokens(image_id, visual_embedding_id, fresh=bool(spare) or appended)
+    return ItemTokens(image_id, visual_embedding_id, fresh=bool(spare) or appended, vocabulary=len(taken))
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a tokenizer that can't spell a text: transformers makes one up where a folder has no files."""
+    ids = tokenizer("red apple", add_special_tokens=False)["input_ids"]
+    if set(ids) <= set(tokenizer.all_special_ids):
+        raise ValueError(
+            f"{type(tokenizer).__name__} of {len(tokenizer)} token(s) can't spell a text: its folder holds no tokenizer's "
+            "files, so that transformers made one up. Put the LLM's own tokenizer there."
+        )
 
 
 def tokenizer_of(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase | None:
@@ -208,7 +226,9 @@ def tokenizer_of(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedToke
     if not place:
         return None
     try:
-        return AutoTokenizer.from_pretrained(place, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
+        check_tokenizer(tokenizer)
+        return tokenizer
     except (OSError, ValueError) as error:
         logger.warning("No tokenizer found at %s (%s); call `processor.prepare_model(model)` later.", place, error)
         return None
@@ -218,9 +238,13 @@ def fit_token_embeddings(model: PreTrainedModel, tokens: ItemTokens) -> None:
     """Gives <IMG> and <IMG_EMB> rows in the LLM's embedding; fresh ones start as the mean of the others.
 
     Spare rows (many matrices are padded beyond their tokenizer) are used before the matrix is enlarged.
+
+    Raises:
+        ValueError: if the rows would be others' in the LLM's own vocabulary.
     """
     ids = [tokens.image_id, tokens.visual_embedding_id]
     before = embedding_rows(model).shape[0]
+    _check_vocabulary(model, tokens, before)
     if max(ids) >= before:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     rows = embedding_rows(model)
@@ -230,3 +254,16 @@ def fit_token_embeddings(model: PreTrainedModel, tokens: ItemTokens) -> None:
             known[ids] = False
             known[before:] = False
             rows[ids] = rows[known].float().mean(0).to(rows.dtype)
+
+
+def _check_vocabulary(model: PreTrainedModel, tokens: ItemTokens, rows: int) -> None:
+    """Raises ValueError where fresh tokens would take rows that another vocabulary than the tokenizer's uses."""
+    config = model.config.get_text_config()
+    used = {getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if tokens.fresh and (
+        2 * tokens.vocabulary < rows or not used.isdisjoint({tokens.image_id, tokens.visual_embedding_id})
+    ):
+        raise ValueError(
+            f"The tokenizer has {tokens.vocabulary} tokens, but the LLM has {rows} rows of embeddings: it is another LLM's "
+            "tokenizer, and <IMG> and <IMG_EMB> would overwrite rows in use. Take the tokenizer that the LLM came with."
+        )

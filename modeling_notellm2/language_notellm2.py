@@ -166,12 +166,12 @@ def try_language_model(model: PreTrainedModel) -> LanguageCall:
         UnusableModelError: if the model can't be called with a text, reads ahead, or makes other states of a text in a batch.
     """
     name = type(model).__name__
-    ids = _trial_ids(model)
+    ids = trial_ids(model)
     training = model.training
     try:
         with torch.no_grad():
             model.eval()
-            own = _own_states(model, ids[:1])
+            own = own_states(model, ids[:1])
             call = _call_like(model, ids[:1], own)
             tried = _tried(model, call, ids, own)
             model.train()
@@ -188,7 +188,7 @@ def try_language_model(model: PreTrainedModel) -> LanguageCall:
         model.train(training)
 
 
-def _trial_ids(model: PreTrainedModel) -> torch.Tensor:
+def trial_ids(model: PreTrainedModel) -> torch.Tensor:
     """Two rows of random ids that differ behind the prefix, of rows that no special token uses: `(2, TRIAL_LENGTH)`."""
     rows = embedding_rows(model)
     config = model.config.get_text_config().to_dict()
@@ -201,7 +201,7 @@ def _trial_ids(model: PreTrainedModel) -> torch.Tensor:
     return ids.to(rows.device)
 
 
-def _own_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def own_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """What the model makes of a text alone, called as anybody would."""
     kwargs = _understood(model, {"use_cache": False, "return_dict": True})
     outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs)
@@ -229,7 +229,7 @@ def _call_like(model: PreTrainedModel, ids: torch.Tensor, own: torch.Tensor) -> 
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
                 errors.append(f"{type(error).__name__}: {error}")
                 continue
-            if not _differ(states, own, _tolerance(model)) and _differ(others, own, _tolerance(model)):
+            if not differ(states, own, _tolerance(model)) and differ(others, own, _tolerance(model)):
                 return call
             errors.append("other states than from the token ids, or the same from other embeddings")
     raise UnusableModelError(
@@ -252,14 +252,14 @@ def _tried(model: PreTrainedModel, call: LanguageCall, ids: torch.Tensor, own: t
     embeds = model.get_input_embeddings()(batch)
     states = call_language_model(model, call, batch, embeds, mask).last_hidden_state
     name, most = type(model).__name__, _tolerance(model)
-    if _differ(states[1, :end], states[0, :end], most):
+    if differ(states[1, :end], states[0, :end], most):
         raise UnusableModelError(
             f"`text` is a {model.config.model_type!r} model ({name}) that reads ahead: a later token changes the states of "
             f"earlier ones. {EXPECTED}"
         )
-    right = not _differ(states[3, :end], own[0, :end], most)
-    left = not _differ(states[2, length - end :], own[0, :end], most)
-    if not (left or right) or _differ(states[0], own[0], most):
+    right = not differ(states[3, :end], own[0, :end], most)
+    left = not differ(states[2, length - end :], own[0, :end], most)
+    if not (left or right) or differ(states[0], own[0], most):
         raise UnusableModelError(
             f"{name} makes other states of a text in a padded batch than alone, on either side of padding, so embeddings "
             f"would depend on their neighbours. {EXPECTED}"
@@ -272,7 +272,7 @@ def _tolerance(model: PreTrainedModel) -> float:
     return TOLERANCE if model.dtype.itemsize >= 4 else TOLERANCE_OF_HALF
 
 
-def _differ(states: torch.Tensor, expected: torch.Tensor, most: float) -> bool:
+def differ(states: torch.Tensor, expected: torch.Tensor, most: float) -> bool:
     """Whether any state is relatively further off than `most`; NaN is."""
     if states.shape != expected.shape:
         return True

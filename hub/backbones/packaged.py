@@ -22,6 +22,8 @@ from transformers import (
 )
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
+from hub.backbones.layers import keep_layers
+
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EFFICIENTNET_LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -109,35 +111,6 @@ def efficientnet_lite0_image_processor() -> EfficientNetImageProcessorPil:
         image_std=[128.0] * 3,
         include_top=False,  # it would divide by the deviation a second time
     )
-
-
-def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Leaves out all but some of a decoder's layers, in place; its final norm stays.
-
-    The first layers and some of the last make a better small model than as many of the first: what gathers an item into
-    one word stands at the end.
-
-    Raises:
-        ValueError: for layers that it doesn't have, in another order or twice, or if its list of layers is not to be found.
-    """
-    config = model.config
-    total = config.num_hidden_layers
-    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
-        raise ValueError(
-            f"{type(model).__name__} has layers 0 to {total - 1}; {list(layers)} can't be kept: name some of them, rising."
-        )
-    lists = [name for name, part in model.named_children() if isinstance(part, nn.ModuleList) and len(part) == total]
-    if len(lists) != 1:
-        raise ValueError(f"{type(model).__name__} has no single list of its {total} layers, so none can be left out.")
-    parts = getattr(model, lists[0])
-    setattr(model, lists[0], nn.ModuleList(parts[number] for number in layers))
-    for number, part in enumerate(getattr(model, lists[0])):
-        for module in part.modules():  # which part of a cache of keys and values is whose
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = number
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[number] for number in layers]
 
 
 def _packaged_file(package: str, name: str, requirement: str) -> Path:

@@ -202,7 +202,7 @@ def cache_vision_features(
     items: Sequence[Item],
     root: Path | None = None,
     limit_gb: float = 50.0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     num_workers: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> VisionCache:

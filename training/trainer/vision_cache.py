@@ -32,6 +32,8 @@ logger = logging.get_logger(__name__)
 
 FORMAT = 1
 FILE_BYTES = 256 * 2**20
+CPU_BATCH, GPU_BATCH = 4, 32
+"""Pictures that the encoder takes at once: a CPU's cache holds few, and 32 of them cost it three times as much each."""
 LARGEST = torch.finfo(torch.float16).max
 KIND = f"S{KEY_BYTES}"
 
@@ -125,7 +127,7 @@ class VisionCache:
         processor: Any,
         items: Sequence[Item],
         limit_gb: float = 50.0,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         num_workers: int = 0,
     ) -> None:
         """Store what is missing of the items' images, until the folder would exceed `limit_gb` (10^9 bytes).
@@ -133,6 +135,7 @@ class VisionCache:
         What was stored when a run was killed is found again. Unreadable images are passed over: the collator lists them.
         """
         limit = limit_gb * 1e9
+        size = batch_size or (CPU_BATCH if model.device.type == "cpu" else GPU_BATCH)
         model.vision_model.eval()
         features = partial(_features, model, self.dtype)
         prepare = partial(_prepare, self, processor)
@@ -141,7 +144,7 @@ class VisionCache:
         block = _Block(self.folder)
         for found in map_items(items, prepare, num_workers, "Vision features"):
             waiting |= {key: pixels for key, pixels in found if key not in done}
-            if len(waiting) < batch_size:
+            if len(waiting) < size:
                 continue
             done |= waiting.keys()
             block.add(list(waiting), *features(list(waiting.values())))

@@ -341,7 +341,9 @@ def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto"
         raise ValueError(f"{path}: {block.rejects[0].reason}.")
     if visual and not block.has_image[0]:
         raise ValueError(f"{path}: this index holds visual embeddings and the item has no image.")
-    return block.visual_embeddings if visual else block.embeddings
+    chosen = block.visual_embeddings if visual else block.embeddings
+    assert chosen is not None
+    return chosen
 
 
 def search(arguments: SearchArguments) -> Table:
@@ -355,8 +357,8 @@ def search(arguments: SearchArguments) -> Table:
         queries = encode_item(Path(arguments.item or ""), index, arguments.model, arguments.dtype)
     name = arguments.id or arguments.item
     table = Table(title=Text(f"Nearest to {name} of {len(index.ids):,} items"), title_justify="left")
-    for column, justify in (("#", "right"), ("score", "right"), ("item_id", "left"), ("title", "left")):
-        table.add_column(column, justify=justify, overflow="fold")
+    for column in ("#", "score", "item_id", "title"):
+        table.add_column(column, justify="right" if column in ("#", "score") else "left", overflow="fold")
     for number, found in enumerate(index.search(queries, arguments.k)[0], 1):
         table.add_row(str(number), f"{found.score:.4f}", printable(found.item_id), printable(found.title or ""))
     return table

@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from training.evaluate import MeasureOptions, evaluate_model, write_evaluation
 from training.evaluation.embed import View
 from training.evaluation.saliency import measure_saliency
 from training.evaluation.slices import count_in_pairs
+from training.trainer.batches import PairCollator
 from training.trainer.trainer import NoteLLM2Trainer
 
 
@@ -36,7 +37,7 @@ def explain(trainer: NoteLLM2Trainer, data: "RunData") -> dict[str, Any]:
             pairs.append((data.eval_items[rows[query]], data.eval_items[rows[target]]))
     if len(pairs) < 2:
         return {}
-    collate = trainer.data_collator.collate_items
+    collate: Any = cast(PairCollator, trainer.data_collator).collate_items
     return asdict(measure_saliency(trainer.model, trainer.processing_class, collate, pairs))
 
 

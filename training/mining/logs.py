@@ -8,6 +8,7 @@ written, a row that can't be read costs itself and is listed with file, row and 
 import codecs
 import glob
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ SUFFIXES = (".parquet", ".csv", ".jsonl")
 ROWS = 65_536
 """Rows of text that are handled at once."""
 BLOCK_BYTES = 1 << 24
+HALF_PAIR = re.compile(rb"\\\\u[dD][89a-fA-F]")
+"""An escape of JSON that may be half a surrogate pair."""
 REJECTS_LISTED = 100_000
 """Of each kind; more are counted only, so that a log of garbage can't fill memory or disk."""
 
@@ -223,6 +226,7 @@ def _convert(path: Path, place: Path, encoding: str | None, comment: str | None)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         schema = pq.read_schema(path)
+        _require_different(path, schema.names)
         kind = _kept_time(schema.field("timestamp").type) if "timestamp" in schema.names else pa.string()
         return schema.names, _write(path, place, _parquet_blocks(path), kind)
     if suffix == ".jsonl":
@@ -231,6 +235,7 @@ def _convert(path: Path, place: Path, encoding: str | None, comment: str | None)
     else:
         above = _lines_above_header(path, encoding, comment)
         names = csv_header(path, encoding, above)
+        _require_different(path, names)
         unasked = 0 if comment else above
         fast, careful = partial(_csv_blocks, path, names, above, unasked), _careful_csv(path, encoding, above, unasked)
     if encoding is None:
@@ -242,6 +247,12 @@ def _convert(path: Path, place: Path, encoding: str | None, comment: str | None)
             except pa.ArrowException:
                 continue
     return names, _write(path, place, careful, pa.string())
+
+
+def _require_different(path: Path, names: list[str]) -> None:
+    twice = [name for name in LOG_COLUMNS if names.count(name) > 1]
+    if twice:
+        raise MiningError(f"{path}: two columns are called {', '.join(twice)}.")
 
 
 def _write(path: Path, place: Path, blocks: Iterable[Block], time_type: pa.DataType) -> BrokenRows:
@@ -374,7 +385,7 @@ def _json_blocks(path: Path) -> Iterator[Block]:
     """As `_careful_json` reads it, for a file whose lines all hold the same types, by Arrow."""
     types: Types | None = None
     for chunk in _plain_chunks(path):
-        if b"\\u" in chunk:
+        if HALF_PAIR.search(chunk):
             raise _OddFileError
         if types is None:
             types = _types_of(chunk[: chunk.find(b"\n") + 1 or None])

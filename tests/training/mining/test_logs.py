@@ -77,6 +77,11 @@ CASES = {
         rows("7|100000|1", "12345678901|1.5|2"), {"item_id is missing": 1, "item_id is a list where a text is expected": 1,
                                                   "unreadable row": 1},
     ),
+    "escapes": (
+        text('{"user_id": "\\u4e66", "item_id": "\\ud83d\\ude00", "timestamp": 1}\n'
+             '{"user_id": "\\u4e66", "item_id": "a", "timestamp": 2}\n', "log.jsonl"),
+        rows("书|😀|1", "书|a|2"), {},
+    ),
     "half a surrogate": (
         text('{"user_id": "\\ud800", "item_id": "a", "timestamp": 1}\n{"user_id": "b", "item_id": "a", "timestamp": 2}\n',
              "log.jsonl"),
@@ -179,6 +184,26 @@ CASES = {
     "brackets in the name": (parquet("log[1].parquet", user=pa.array(["a"])), rows("a|i0|1"), {}),
 }  # fmt: skip
 
+ON_SPARK = (
+    *("floats", "binary", "dictionary, string_view", "uint64", "every kind of blank", "files of two types"),
+    *(
+        "times of two types",
+        "a file lacks a column",
+        "nanoseconds with a zone",
+        "nanoseconds",
+        "dates",
+        "dates as digits",
+    ),
+    *(
+        "dates as digits in text",
+        "stray quotes",
+        "short, long, empty lines",
+        "not utf-8 in parquet",
+        "brackets in the name",
+    ),
+)
+"""All in which the engine itself has a part; and some text."""
+
 
 def outcome(write, folder, engine="duckdb", **options):
     """Usable rows and rejects by reason, as `mine` reads the log; and the list of rejects."""
@@ -212,9 +237,9 @@ def test_what_a_log_holds(case, tmp_path):
 
 
 @pytest.mark.slow
-def test_spark_reads_every_case_alike(tmp_path, spark):
-    for number, case in enumerate(CASES):
-        check(case, tmp_path / str(number), "pyspark")
+@pytest.mark.parametrize("case", ON_SPARK)
+def test_spark_reads_it_alike(case, tmp_path, spark):
+    check(case, tmp_path / "case", "pyspark")
 
 
 def test_a_reject_names_file_and_row(tmp_path):
@@ -288,6 +313,11 @@ def test_a_url_is_fetched_without_an_extension_of_duckdb(tmp_path):
     with opened(MiningArguments("", ""), tmp_path) as backend:
         settings = [backend.settings[name] for name in ("autoinstall_known_extensions", "TimeZone")]
     assert settings == ["false", "UTC"]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    with pytest.raises(MiningError, match="two columns are called item_id"):
+        outcome(text("user_id,item_id,item_id,timestamp\nu,a,b,1\n"), tmp_path / "log")
 
 
 def test_files_are_those_that_are_meant(tmp_path):

@@ -77,7 +77,7 @@ from training.evaluation.slices import (
 from training.reporting.evaluation_plots import draw_plots
 from training.reporting.evaluation_tables import as_markdown, show
 from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
-from training.tables.commands import DONE, command, parse
+from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
 from training.tables.files import write_json, write_text
 from training.tables.items import ItemTable, TableError, load_items, load_pairs
 from training.tables.model_folder import loading
@@ -397,8 +397,8 @@ def _load(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     arguments, measured = parse(EvaluateArguments, MeasureOptions, options=options)
-    run(arguments, measured)
-    return DONE
+    report = run(arguments, measured)
+    return DONE_WITH_REJECTS if report["counts"]["rejected_rows"] else DONE
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from training.mining.cooccurrence import (
 )
 from training.mining.engines import engine_errors, kept, opened, read_log
 from training.mining.logs import REJECTS_LISTED, BrokenRows
-from training.tables.commands import DONE, command, parse, plain_console
+from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse, plain_console
 from training.tables.files import atomic_write
 
 
@@ -247,8 +247,9 @@ def _count(table: Table) -> int:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(MiningArguments, options=options)
-    show(mine(arguments), arguments)
-    return DONE
+    mined = mine(arguments)
+    show(mined, arguments)
+    return DONE_WITH_REJECTS if mined.rejected else DONE
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from training.evaluation.evidence import evaluate_whole, explain
 from training.evaluation.overlap import trained_share
 from training.report import write_report
 from training.reporting.summary import show
-from training.tables.commands import DONE, command
+from training.tables.commands import DONE, DONE_WITH_REJECTS, command
 from training.tables.files import atomic_write, write_json
 from training.tables.items import ItemTable, PairTable, load_items, load_pairs
 from training.tables.model_folder import loading
@@ -281,9 +281,11 @@ def main(options: Sequence[str] | None = None) -> int | None:
             split=tables.split,
             encoding=tables.encoding,
         )
-    else:
-        run(model, tables, arguments)
-    return DONE
+        return DONE
+    report = run(model, tables, arguments)
+    # A launcher of several processes takes any code but 0 for a failure.
+    with_rejects = report["counts"]["rejected_rows"] and arguments.world_size == 1
+    return DONE_WITH_REJECTS if with_rejects else DONE
 
 
 if __name__ == "__main__":

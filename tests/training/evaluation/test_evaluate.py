@@ -42,7 +42,7 @@ def evaluated(coloured_tables, tiny_model_folder, other_folder, tmp_path_factory
         *("--output", output, "--resamples", "200", "--ks", "1", "5", "20", "--examples", "4", "--dtype", "float32"),
     ]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr  # the tables have rejects
     return output, done.stdout
 
 

@@ -61,6 +61,7 @@ REMEDIES_BY_TEXT = {
     "PytorchStreamWriter failed": "A file could not be written whole: is the disk full?",
     "iostream error": "A file could not be written whole: is the disk full?",
     "unexpected pos": "A file could not be written whole: is the disk full?",
+    "Cannot find empty port": REMEDIES[errno.EADDRINUSE],
     "exited unexpectedly": "A worker process ended, often for lack of memory: use fewer --num_workers, or smaller batches.",
     "is killed by signal": "A worker process was killed, often for lack of memory: use fewer --num_workers, or smaller batches.",
     "out of memory": "Use smaller batches.",

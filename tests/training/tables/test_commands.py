@@ -130,6 +130,7 @@ def test_an_error_names_file_and_remedy(tmp_path):
     assert "disk is full" in of(lambda: Path("/dev/full").write_text("x"))
     assert "disk full" in of(lambda: torch.save(torch.zeros(9), "/dev/full"))
     assert "port is taken" in describe(OSError(errno.EADDRINUSE, "Address already in use"))
+    assert "port is taken" in describe(OSError("Cannot find empty port in range: 7860-7860."))  # as Gradio says it
 
     def cut() -> None:
         with about(tmp_path / "cut.safetensors", "Copy it again."):

@@ -38,7 +38,7 @@ def strange_lines(*command: object) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # five processes, each of which imports everything
-def test_no_line_of_a_library(tiny_model_folder, tmp_path):
+def test_no_line_of_a_library(tmp_path):
     rows = [
         {"item_id": f"i{n}", "title": f"thing {n}", "image": picture("red", n), "split": "train" if n < 16 else "test"}
         for n in range(24)
@@ -48,7 +48,18 @@ def test_no_line_of_a_library(tiny_model_folder, tmp_path):
         pairs = [{"query_id": f"i{n}", "target_id": f"i{n + 2}"} for n in numbers]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     base, run, vectors = tmp_path / "base", tmp_path / "run", tmp_path / "vectors"
-    small = ["--text_layers", 1, "--qformer_layers", 1, "--qformer_hidden_size", 48, "--qformer_heads", 2]
+    small = [
+        "--text_layers",
+        1,
+        "--num_query_tokens",
+        2,
+        "--qformer_layers",
+        1,
+        "--qformer_hidden_size",
+        48,
+        "--qformer_heads",
+        2,
+    ]
     training = ["--max_steps", 2, "--logging_steps", 1, "--per_device_train_batch_size", 4, "--lora_r", 2]
     training += ["--eval_split", "test", "--save_strategy", "steps", "--save_steps", 1, "--merge_adapter", "true"]
     training += ["--dataloader_num_workers", 1]
@@ -56,7 +67,7 @@ def test_no_line_of_a_library(tiny_model_folder, tmp_path):
     model = run / "model"
     for command in [
         ["hub/assemble.py", "--output", base, *small],
-        ["training/run.py", "--model", tiny_model_folder, *tables, "--output_dir", run, *training],
+        ["training/run.py", "--model", base, *tables, "--output_dir", run, *training],
         [
             *("training/evaluate.py", "--model", model, "--items", items, "--pairs", tmp_path / "test.jsonl"),
             *("--output", tmp_path / "evaluation"),

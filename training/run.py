@@ -34,10 +34,17 @@ from training.tables.items import ItemTable, PairTable, load_items, load_pairs
 from training.tables.model_folder import loading
 from training.tables.reading import Rejects, write_rejects
 from training.tables.validate import validate
-from training.trainer.adapters import base_of, load_trainable
+from training.trainer.adapters import base_of, load_trainable, save_merged
 from training.trainer.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
-from training.trainer.batches import ItemCollator, PairCollator, PairDataset, cache_vision_features
+from training.trainer.batches import (
+    ItemCollator,
+    PairCollator,
+    PairDataset,
+    cache_vision_features,
+    drop_repeated_lines,
+)
 from training.trainer.checkpoints import checkpoint_to_resume
+from training.trainer.distributed import agreed, once_per_machine
 from training.trainer.false_negatives import FalseNegatives
 from training.trainer.sampling import item_lengths
 from training.trainer.stopping import stoppable
@@ -93,10 +100,10 @@ def save_model(trainer: NoteLLM2Trainer, folder: Path, merge: bool) -> None:
     with ExitStack() as stack:
         first = trainer.is_world_process_zero()
         place = broadcast_object_list([stack.enter_context(atomic_write(folder)) if first else None])[0]
-        if not merge:
-            trainer.save_model(str(place))  # gathers weights that are spread over processes; saves the processor too
-        elif first:
-            trainer.model.merge_and_unload().save_pretrained(place)
+        saved = place.with_name("adapter") if merge else place
+        trainer.save_model(str(saved))  # gathers weights that are spread over processes; saves the processor too
+        if merge and first:
+            save_merged(saved, place, base_of(trainer.model).dtype)
             trainer.processing_class.save_pretrained(place)
         if first:
             (place / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths
@@ -136,7 +143,7 @@ def make_trainer(
     grouped = arguments.train_sampling_strategy == "group_by_length"
     return NoteLLM2Trainer(
         train_dataset=PairDataset(data.items, data.train),
-        negatives=FalseNegatives.of(data.items, data.train, *masks, num_workers=workers) if any(masks) else None,
+        negatives=once_per_machine(lambda: FalseNegatives.of(data.items, data.train, *masks, num_workers=workers)),
         lengths=item_lengths(data.items, processor.limits, image_tokens) if grouped else None,
         measure=partial(
             evaluate_in_training,
@@ -160,13 +167,12 @@ def make_trainer(
 def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2TrainingArguments) -> dict[str, Any]:
     """The whole job; returns what metrics.json holds."""
     output = Path(arguments.output_dir)
-    resume = checkpoint_to_resume(arguments.resume_from_checkpoint, output)
+    resume = agreed(checkpoint_to_resume(arguments.resume_from_checkpoint, output))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")  # the switch that Trainer's callback knows
     set_seed(arguments.seed)
     clock = _Clock()
     workers = arguments.dataloader_num_workers
-    with arguments.main_process_first(desc="reading the tables"):
-        data = load_data(tables, workers)
+    data = once_per_machine(lambda: load_data(tables, workers))
     if arguments.process_index == 0:
         print(f"Precision: {arguments.precision}")
         write_rejects(data.rejects, output / "rejects.jsonl")
@@ -178,8 +184,8 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
     features = None
     if tables.cache_vision_features:
         root = Path(tables.vision_cache_dir) if tables.vision_cache_dir else None
-        with arguments.main_process_first(desc="caching vision features"):
-            features = cache_vision_features(
+        features = once_per_machine(
+            lambda: cache_vision_features(
                 base_of(model),
                 processor,
                 data.items,
@@ -188,6 +194,7 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
                 num_workers=workers,
                 dtype=arguments.precision.dtype,
             )
+        )
     trainer = make_trainer(model, processor, data, features, tables, arguments)
     clock.lap("vision_features")
 
@@ -224,7 +231,7 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
         "eval_items": len(data.eval_items),
         "train_pairs": len(data.train),
         "eval_pairs": len(data.eval_pairs),
-        "rejected_rows": sum(1 for _ in (output / "rejects.jsonl").open(encoding="utf-8")),
+        "rejected_rows": drop_repeated_lines(output / "rejects.jsonl") if trainer.is_world_process_zero() else None,
         "steps": trainer.state.global_step,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "all_parameters": sum(p.numel() for p in model.parameters()),
@@ -240,7 +247,7 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
         clock.lap("report")
     report["saliency"] = {name: shares for name, shares in saliency.items() if shares}
 
-    report["train_loss"] = trained.training_loss
+    report["train_loss"] = trained.metrics["train_loss"]
     report["log"] = trainer.state.log_history
     report["settings"] = {**vars(options), **vars(tables), **json.loads(arguments.to_json_string())}
     report["seconds"] = clock.seconds

@@ -17,9 +17,7 @@ from tqdm.auto import tqdm
 
 from training.evaluation.retrieval import expected_precision, has_label, precision_at_k, rank_targets
 from training.tables.items import ItemTable
-from training.trainer.adapters import base_of
 from training.trainer.distributed import gather, world_size
-from training.trainer.vision_cache import complete_vision_features
 
 
 RECALL_AT = (1, 10, 100)
@@ -49,7 +47,7 @@ class Embedded:
     has_image: Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed(
     model: Any,
     items: Sequence[Item],
@@ -60,8 +58,13 @@ def embed(
 ) -> Embedded:
     """Embed items batch by batch in eval mode, and leave the model in the mode it was in.
 
-    Several processes embed a share each; every one of them gets all embeddings, in the items' order.
+    Several processes embed a share each, in as many batches; every one of them gets all embeddings, in the items' order.
+
+    Raises:
+        ValueError: when there are no items.
     """
+    if not len(items):
+        raise ValueError(f"There are no {name} to embed.")
     was_training = model.training
     model.eval()
     outputs = []
@@ -69,31 +72,36 @@ def embed(
     loader = DataLoader(share, batch_size, collate_fn=collate, num_workers=num_workers)
     for batch in tqdm(loader, desc=f"Embedding {name}", unit="batch", disable=share.rank > 0):
         inputs = {key: value.to(model.device) for key, value in batch.items()}
-        output = model(**complete_vision_features(base_of(model), inputs))
+        output = model(**inputs)
         outputs.append((output.embeddings, output.visual_embeddings, output.has_image))
     model.train(was_training)
-    embeddings, visual, has_image = zip(*outputs, strict=True) if outputs else ((), (), ())
+    embeddings, visual, has_image = zip(*outputs, strict=True)
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        return gather(torch.cat(list(parts)))[: len(items)].cpu()
+
     return Embedded(
-        gather(torch.cat(embeddings).float()).cpu(),
-        None if visual[0] is None else gather(torch.cat(visual).float()).cpu(),
-        gather(torch.cat(has_image)).cpu(),
+        joined(embeddings).float(), None if visual[0] is None else joined(visual).float(), joined(has_image)
     )
 
 
 class _Share(Dataset):
-    """This process's part of some items: contiguous, so that parts in the order of processes are all items in order."""
+    """This process's part of some items: contiguous, so that parts in the order of processes are all items in order.
+
+    All parts are equally long, so that processes with weights in shards run in step: behind the last item the first ones
+    come again.
+    """
 
     def __init__(self, items: Sequence[Item]):
         self.items = items
         self.rank = dist.get_rank() if world_size() > 1 else 0
-        self.start, end = (len(items) * number // world_size() for number in (self.rank, self.rank + 1))
-        self.count = end - self.start
+        self.count = -(-len(items) // world_size())
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, position: int) -> Item:
-        return self.items[self.start + position]
+        return self.items[(self.rank * self.count + position) % len(self.items)]
 
 
 class _Without(Sequence[Item]):

@@ -22,7 +22,6 @@ from torch import Tensor
 from modeling_notellm2.inputs_notellm2 import last_position, positions_of
 from modeling_notellm2.prompts_notellm2 import WORDINGS, build_pieces
 from training.trainer.adapters import base_of
-from training.trainer.vision_cache import complete_vision_features
 
 
 KINDS = ("visual", "text", "other")
@@ -76,7 +75,7 @@ def measure_saliency(
             items = [pair[0] for pair in batch] + [pair[1] for pair in batch]
             inputs = {name: value.to(base.device) for name, value in collate(items).items()}
             kinds = token_kinds(processor, items, inputs).to(base.device)
-            flows = attention_flows(model, complete_vision_features(base, inputs))
+            flows = attention_flows(model, inputs)
             last = last_position(inputs["attention_mask"])
             totals["multimodal"].add(flows, kinds, torch.arange(len(items), device=base.device), last)
             if base.config.micl:

@@ -5,6 +5,7 @@ worth nothing. Their weights stand in `adapter_model.safetensors` under their ow
 `PeftModel.from_pretrained` and `AutoModel.from_pretrained` find them.
 """
 
+import copy
 import os
 import re
 from pathlib import Path
@@ -25,6 +26,8 @@ from training.trainer.arguments import ModelArguments
 LLM = "language_model"
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+CHECKPOINTED = "_checkpoint_wrapped_module."
+"""What torch puts into names where activations are recomputed."""
 
 
 def load_trainable(arguments: ModelArguments, compute_dtype: torch.dtype = torch.float32) -> NoteLLM2Model | PeftModel:
@@ -134,6 +137,24 @@ def base_of(model: nn.Module) -> NoteLLM2Model:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def save_gathered(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write a model that FSDP wraps, from its gathered weights.
+
+    They are written by a model of its own class without memory: FSDP's class has no code of its own to put beside them.
+    """
+    assert isinstance(model, NoteLLM2Model)
+    with torch.device("meta"):
+        plain = NoteLLM2Model(copy.deepcopy(model.config))
+    plain.save_pretrained(folder, state_dict=state)
+
+
+def save_merged(adapter: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write a plain model with a saved adapter's LoRA merged in, on the CPU."""
+    config = LoraConfig.from_pretrained(str(adapter))
+    base = AutoModel.from_pretrained(config.base_model_name_or_path, trust_remote_code=True, dtype=dtype)
+    PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(folder)
+
+
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
     """Adapter, its config, and the parts that are trained in full.
 
@@ -141,7 +162,8 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None
         state: the gathered weights where they are spread over processes; the model's own if left out.
     """
     model.save_pretrained(folder, state_dict=state)
-    full = {name for name, p in model.named_parameters() if p.requires_grad and f".{LLM}." not in name}
+    named = ((name.replace(CHECKPOINTED, ""), p) for name, p in model.named_parameters())
+    full = {name for name, p in named if p.requires_grad and f".{LLM}." not in name}
     state = model.state_dict() if state is None else state
     weights = load_file(folder / ADAPTER_FILE)
     weights |= {name: state[name].detach().cpu().contiguous() for name in full}

@@ -13,6 +13,18 @@ from modeling_notellm2 import DTYPES, Precision, choose_precision
 from training.tables.commands import OptionParser
 
 
+FIXED = {
+    "remove_unused_columns": (False, "must stay off, as pairs have no columns."),
+    "dataloader_drop_last": (
+        True,
+        "must stay on: processes with batches of different sizes would wait for each other.",
+    ),
+    "ddp_find_unused_parameters": (False, "must stay off, as every parameter takes part in every batch."),
+    "auto_find_batch_size": (False, "must stay off: a smaller batch is another loss; chunk_size saves memory instead."),
+}
+"""Options of Trainer that this training depends on, with the value that they have."""
+
+
 @dataclass
 class ModelArguments:
     """Which model is trained, and which part of its LLM."""
@@ -132,6 +144,18 @@ class NoteLLM2TrainingArguments(TrainingArguments):
         default=0,
         metadata={"help": "Items embedded at once in a training step (GradCache): memory for one chunk; 0: all."},
     )
+    gather_for_each_chunk: bool = field(
+        default=False,
+        metadata={
+            "help": "FSDP with chunk_size: gather the weights anew for each chunk; slower, but they needn't fit one GPU."
+        },
+    )
+    shard_frozen_vision: bool = field(
+        default=False,
+        metadata={
+            "help": "FSDP: spread the frozen vision encoder too; else each process holds it whole, which needs no exchange."
+        },
+    )
     matryoshka_dims: list[int] = field(
         default_factory=list, metadata={"help": "Widths of prefixes that are trained as embeddings too."}
     )
@@ -157,10 +181,13 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "Of metric_for_best_model."})
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Must stay off: the loss uses the logit scale beside the model."}
+        default=False, metadata={"help": "Must stay off: every parameter takes part in every batch."}
     )
 
     def __post_init__(self) -> None:
+        wrong = [f"{name}: {reason}" for name, (value, reason) in FIXED.items() if getattr(self, name) != value]
+        if wrong:
+            raise ValueError(f"These options can't be changed. {' '.join(wrong)}")
         accelerator = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
         self.use_cpu = accelerator is None  # transformers takes bf16 without a GPU only where this is on
         self.precision: Precision = choose_precision(self._asked_dtype(), accelerator or "cpu")

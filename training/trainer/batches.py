@@ -1,10 +1,11 @@
 """From pairs to the model's inputs, in the data loader's workers.
 
-An image that can't be read doesn't stop a run: its item goes on with its text, and a pair left with an empty item gives
-its place to another pair of the batch. Both are listed.
+An image that can't be read doesn't stop a run: its item goes on with its other images, and a pair with an item that has
+none left gives its place to another pair of the batch. Both are listed.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers.utils import logging
 
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.prompts_notellm2 import ItemError
+from training.tables.files import write_text
 from training.tables.images import Item, content_key, read_encoded
 from training.tables.items import ItemTable, PairTable, Reject
 from training.trainer.false_negatives import TEXT_FIELDS
@@ -60,18 +62,22 @@ class PairDataset(Dataset):
         return Pair(positions, [self.items[position] for position in positions.tolist()])
 
 
+BLANK = Image.new("RGB", (64, 64))
+
+
 @dataclass
 class ItemCollator:
     """Items to the model's inputs, with stored vision features in place of pixels where the cache has them.
 
-    A batch whose images are partly stored has both, and `cached_images` (images,) bool beside them; it goes through
-    `training.trainer.vision_cache.complete_vision_features` before the model.
+    A batch whose images are partly stored has both, and `cached_images` (images,) bool beside them. A batch without images
+    has a blank one that belongs to no item, so that processes run all parts of the model in step.
 
     Attributes:
         processor: the model's.
         features: cache of vision features; None: all pixels.
         dtype: of stored features as they are given out.
-        rejects: JSON lines file to which unreadable images are added, each once for every worker that meets it.
+        rejects: JSON lines file to which unreadable images are added, each by every worker that meets it; see
+            `drop_repeated_lines`.
     """
 
     processor: Any
@@ -101,7 +107,7 @@ class ItemCollator:
         inputs = dict(self.processor([item for item, _ in opened], process_images=False, return_tensors="pt"))
         pictures = [picture for _, of_item in opened for picture in of_item]
         stored = [picture for picture in pictures if isinstance(picture, int)]
-        pixels = [picture for picture in pictures if not isinstance(picture, int)]
+        pixels = [picture for picture in pictures if not isinstance(picture, int)] if pictures else [BLANK]
         if stored:
             assert self.features is not None
             hidden, pooled = self.features.read(stored)
@@ -124,6 +130,7 @@ class ItemCollator:
         if name in self.listed:
             return
         self.listed.add(name)
+        fault = re.sub(r" object at 0x[0-9a-f]+", "", fault)  # the same words from every worker
         reject = Reject("items, met in a batch", -1, [name], f"unreadable image: {fault}")
         logger.warning("item_id %r: %s", name, reject.reason)
         if self.rejects is not None:
@@ -136,7 +143,7 @@ class PairCollator:
     """Pairs to one batch of items as the loss reads it: all queries, all targets, then all hard negatives.
 
     Beside the model's inputs a batch has `item_index` (rows,) int64, positions in the item table, and `num_pairs` (int).
-    A pair with an item that has nothing left gives its place to another pair of the batch, which then stands in it
+    A pair with an item whose images all can't be read gives its place to another pair of the batch, which then stands in it
     twice; the loss masks such copies by `item_index`.
 
     Attributes:
@@ -167,12 +174,14 @@ class PairCollator:
             ItemError: when not one pair of the batch is usable.
         """
         opened = [[self.collate_items.open(item) for item in pair.items] for pair in pairs]
-        usable = [number for number, members in enumerate(opened) if all(map(_has_content, members))]
+        usable = [
+            number
+            for number, (pair, members) in enumerate(zip(pairs, opened, strict=True))
+            if all(map(_is_usable, pair.items, members))
+        ]
         if not usable:
             ids = ", ".join(str(item.get("item_id")) for pair in pairs for item in pair.items)
-            raise ItemError(
-                f"No pair of the batch has two items with a readable image or a text; its items: {ids[:500]}"
-            )
+            raise ItemError(f"No pair of the batch has two items whose images can be read; its items: {ids[:500]}")
         kept = [n if n in set(usable) else usable[n % len(usable)] for n in range(len(pairs))]
         positions = np.stack([pairs[number].positions for number in kept]).T.reshape(-1).astype(np.int64)
         rows = [opened[number][member] for member in range(len(pairs[0].items)) for number in kept]
@@ -216,9 +225,19 @@ def _has_text(item: Item) -> bool:
     return any(item.get(name) for name in TEXT_FIELDS)
 
 
-def _has_content(opened: tuple[Item, list[Picture]]) -> bool:
-    item, pictures = opened
-    return bool(pictures) or _has_text(item)
+def _is_usable(item: Item, opened: tuple[Item, list[Picture]]) -> bool:
+    """Whether an item has what it says: one whose only image can't be read is no item, though it may have a text."""
+    readable, pictures = opened
+    return bool(pictures) or (_has_text(readable) and not image_sources(item.get("image")))
+
+
+def drop_repeated_lines(path: Path) -> int:
+    """Leave each line of a file once, where it stands first, and return how many there are; 0 without the file."""
+    if not path.is_file():
+        return 0
+    lines = dict.fromkeys(path.read_text(encoding="utf-8").splitlines())
+    write_text("".join(f"{line}\n" for line in lines), path)
+    return len(lines)
 
 
 __all__ = [
@@ -227,4 +246,5 @@ __all__ = [
     "PairCollator",
     "PairDataset",
     "cache_vision_features",
+    "drop_repeated_lines",
 ]

@@ -1,31 +1,104 @@
-"""Checkpoints that are whole or not there: written aside and renamed, with a list of their files to hold them against.
+"""Checkpoints that are known to be whole: marked when all is written, with a list of their files to hold them against.
 
-`transformers` writes a checkpoint file by file; a run that is killed meanwhile, or a disk that runs full, would leave one
-that looks ready. Here a checkpoint gets its name when all of it is written, and one that was damaged since is passed over.
+`transformers` writes a checkpoint file by file; a run that is killed meanwhile, or a disk that runs full, leaves one that
+looks ready. Only a checkpoint with its mark is gone on from, and one that was damaged since is passed over.
 """
 
 import json
-import os
 import re
-import shutil
 from pathlib import Path
+from typing import Any
 
+from accelerate import PartialState
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
+
+from training.tables.files import write_json
 
 
 logger = logging.get_logger(__name__)
 
 NAME = re.compile(r"checkpoint-(\d+)")
 RECORD = "files.json"
-STAGING = ".unfinished"
 
 
-def publish_checkpoint(staged: Path, final: Path) -> None:
-    """Record the files of a written checkpoint and give it its name, in place of an older one."""
-    sizes = {str(path.relative_to(staged)): path.stat().st_size for path in sorted(staged.rglob("*")) if path.is_file()}
-    (staged / RECORD).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(staged, final)
+def mark_whole(checkpoint: Path) -> None:
+    """Record the files of a written checkpoint: from now on it is one to go on from."""
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != RECORD)
+    write_json({str(path.relative_to(checkpoint)): path.stat().st_size for path in files}, checkpoint / RECORD)
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Marks each checkpoint when all processes have written their part, and only then deletes older ones.
+
+    Trainer itself would delete them before: a kill in between would leave nothing to go on from. So the limit on their
+    number is held here. Trials of a search go on from nowhere and keep Trainer's way.
+    """
+
+    def __init__(self) -> None:
+        self.limit: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Take the limit over; with all steps done before, there is nothing to train."""
+        if not state.is_hyper_param_search:
+            self.limit, args.save_total_limit = args.save_total_limit, None
+        control.should_training_stop = state.global_step >= state.max_steps
+        return control
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A checkpoint that is about to be written again is not whole meanwhile."""
+        if args.should_save and control.should_save:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / RECORD).unlink(missing_ok=True)
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Mark the new checkpoint, then delete those beyond the limit."""
+        PartialState().wait_for_everyone()
+        if args.should_save and not state.is_hyper_param_search:
+            mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            rotate_checkpoints(
+                output_dir=args.output_dir,
+                save_total_limit=self.limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Give the limit back."""
+        if not state.is_hyper_param_search:
+            args.save_total_limit = self.limit
+
+
+class LossSoFar(TrainerCallback, ExportableState):
+    """The mean loss of a run's batches from its first step on, which a checkpoint keeps through restarts."""
+
+    def __init__(self) -> None:
+        self.sum: Tensor | float = 0.0
+        self.batches = 0
+
+    def add(self, loss: Tensor) -> None:
+        """One batch's loss."""
+        self.sum = self.sum + loss.detach().double()
+        self.batches += 1
+
+    @property
+    def mean(self) -> float:
+        """Mean over all batches so far; NaN before the first."""
+        return float(self.sum) / self.batches if self.batches else float("nan")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"sum": float(self.sum), "batches": self.batches}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Go on where the checkpoint's run stood; start at zero without one."""
+        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
+        self.sum, self.batches = kept.get("sum", 0.0), kept.get("batches", 0)
 
 
 def fault_of(checkpoint: Path) -> str | None:

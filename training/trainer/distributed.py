@@ -1,14 +1,27 @@
-"""Rows of all processes in one tensor, with gradients back to the process they came from.
+"""What several processes do together: joined rows with gradients, work done once per machine, weights in shards.
 
 Negatives of the whole joined batch need every process's embeddings on every process. Without the gradient's way back a
 process would train its items as queries only, never as somebody else's negative or target.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+Result = TypeVar("Result")
+NO_LIMIT = timedelta(days=365)
+"""Of a wait for work that may take hours. A process that ends closes its connections, and so ends the wait of others."""
 
 
 def world_size() -> int:
@@ -81,19 +94,116 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return total
 
 
-def touch_unused(model: nn.Module, has_image: Tensor) -> Tensor | float:
-    """A zero with gradients for the parts that items without images leave out, to be added to the loss.
+def once_per_machine(work: Callable[[], Result]) -> Result:
+    """What `work` gives, done by the first process of each machine and handed to its others.
 
-    DDP waits for the gradient of every parameter, also on a process whose batch is of texts alone.
+    They wait as long as it takes, and so does every machine for the others: no later exchange runs out of time because one
+    had more to do. All processes call it.
 
     Args:
-        model: the NoteLLM-2 model, whatever is wrapped around its language model.
-        has_image: `(n,)` bool, of the items that the loss is over.
+        work: gives what can be pickled.
+
+    Raises:
+        Exception: what `work` raised, on every process of the machine.
     """
-    if world_size() == 1 or has_image.any():
-        return 0.0
-    unused = [p for name, p in model.named_parameters() if p.requires_grad and "language_model" not in name]
-    return 0.0 * sum(parameter.float().sum() for parameter in unused)
+    if world_size() == 1:
+        return work()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    everyone = dist.new_group(backend="gloo", timeout=NO_LIMIT)
+    machine, _ = dist.new_subgroups(group_size=here, backend="gloo", timeout=NO_LIMIT)
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() % here == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:  # not swallowed: raised below, here and on the machine's other processes
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, group=machine, group_src=0)
+    failures: list[Any] = [None] * world_size()
+    dist.all_gather_object(failures, outcome[1], group=everyone)
+    for group in (machine, everyone):
+        dist.destroy_process_group(group)
+    failure = next((failure for failure in failures if failure is not None), None)
+    if failure is not None:
+        raise failure
+    return outcome[0]
+
+
+def agreed(value: Result) -> Result:
+    """The first process's value, on all of them."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def shard_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Let accelerate spread a model by FSDP2 over processes without GPUs, where it leaves the plugin out.
+
+    The rest is accelerate's way on GPUs: its wrapping, checkpoints and clipping. For tests and for trying a config out.
+    """
+    # In both of accelerate's shared states, as on GPUs: one is read from the other again and again.
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+
+
+def layer_classes(*models: nn.Module) -> list[str]:
+    """Class names of what the models' outermost lists of modules hold: the layers that are gathered one by one."""
+    classes: set[str] = set()
+    waiting = [*models]
+    while waiting:
+        for part in waiting.pop().children():
+            if isinstance(part, nn.ModuleList):
+                classes |= {type(layer).__name__ for layer in part}
+            else:
+                waiting.append(part)
+    return sorted(classes)
+
+
+@contextmanager
+def gathered_once(model: nn.Module, reshard_after: bool) -> Iterator[None]:
+    """Within it each weight that FSDP2 gathers stays until the end, however often the model is run forward and backward.
+
+    Memory: the whole model's weights, and its gradients as far as their exchange is put off. Nothing happens without
+    FSDP2.
+
+    Args:
+        model: as FSDP2 wraps it.
+        reshard_after: whether weights are given up after a forward pass again from then on.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_reshard_after_forward(False)
+    model.set_reshard_after_backward(False)
+    try:
+        yield
+    finally:
+        model.set_reshard_after_forward(reshard_after)
+        model.set_reshard_after_backward(True)
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+
+def gathered_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """A model's state on the CPU, gathered tensor by tensor from all processes, which all call it.
+
+    Args:
+        keep: whether this process wants it; empty otherwise.
+    """
+    state = {}
+    for name, values in model.state_dict().items():
+        gathered = whole(values)
+        if keep:
+            state[name] = gathered.to("cpu", copy=True)
+    return state
+
+
+def whole(values: Tensor) -> Tensor:
+    """A parameter that may be spread over processes as one tensor without gradient. All of them call it."""
+    return values.full_tensor().detach() if isinstance(values, DTensor) else values.detach()
 
 
 class _GatherWithGradient(torch.autograd.Function):

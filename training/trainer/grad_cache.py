@@ -17,12 +17,11 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from modeling_notellm2 import NoteLLM2Model
 from modeling_notellm2.inputs_notellm2 import count_images
-from training.trainer.distributed import touch_unused
 from training.trainer.losses import PairLossOutput
 
 
-PER_IMAGE = ("pixel_values", "vision_hidden_states", "vision_pooler_output")
-"""Inputs with a row for each image; all others have one for each item."""
+PER_IMAGE = ("pixel_values", "vision_hidden_states", "vision_pooler_output", "cached_images")
+"""Inputs with a row for each image, or for each of those that are cached or not; all others have one for each item."""
 
 EMBEDDINGS = ("embeddings", "visual_embeddings")
 
@@ -36,8 +35,7 @@ class GradCache:
         backward: backpropagates a scalar, e.g. `accelerator.backward`; called once for each chunk.
         no_sync: gives the context in which all chunks but the last are run, so that processes exchange gradients once,
             e.g. `partial(accelerator.no_sync, model)`.
-        autocast: gives the context for the vision encoder, which is called beside the model's forward, e.g.
-            `accelerator.autocast`. The model's own mixed precision is its caller's: accelerate puts it into `forward`.
+        autocast: gives the context for forward passes, where the model has no mixed precision of its own.
 
     Raises:
         ValueError: for a chunk size below 1.
@@ -64,8 +62,9 @@ class GradCache:
 
         Args:
             model: what the chunks are run through: `base`, or what wraps it (DDP, accelerate).
-            base: the model itself, whose vision encoder and logit scale are used.
-            inputs: the model's inputs for the whole batch.
+            base: the model itself, for its config and device; its parameters are touched by `model` alone.
+            inputs: the model's inputs for the whole batch. Where several processes train together, each with as many
+                items, an image of nobody belongs to a batch without images (see the model's `pixel_values`).
             loss: called with `embeddings` `(n, d)`, `visual_embeddings` `(n, d)` or `None`, `has_image` `(n,)` and
                 `logit_scale`; parameters that its output's `loss` gets by another way are not trained.
             divisor: gradient accumulation steps.
@@ -78,29 +77,35 @@ class GradCache:
         # Older versions of torch reuse, under a caller's autocast, casts of weights made without a graph.
         torch.clear_autocast_cache()
 
-        output, scale_gradient = _loss_gradients(chunks, base.logit_scale, loss, divisor)
-        # The synchronised chunk comes last. One with images reaches the parameters that text alone does not.
-        *first, last = sorted(chunks, key=lambda chunk: not chunk.inputs.keys().isdisjoint(PER_IMAGE))
+        output, scale_gradient = _loss_gradients(chunks, loss, divisor)
+        *first, last = chunks
         for chunk in first:
             with self.no_sync():
-                self._backpropagate(chunk.surrogate(model, base))
-        # The logit scale's gradient goes with it: DDP expects every parameter once.
-        surrogate = last.surrogate(model, base) + base.logit_scale * scale_gradient
-        self._backpropagate(surrogate + touch_unused(base, last.has_image))
+                self._backpropagate(self._surrogate(model, base, chunk)[0])
+        surrogate, logit_scale = self._surrogate(model, base, last)
+        self._backpropagate(surrogate + (logit_scale * scale_gradient).sum())
         return output
 
     def _embed(self, model: nn.Module, base: NoteLLM2Model, inputs: dict[str, Tensor]) -> "_Chunk":
         """First pass: a chunk's embeddings, and in place of its pixels what a frozen vision encoder makes of them."""
-        if "pixel_values" in inputs and base.config.freeze_vision:
-            with self.autocast():
-                features = base.get_vision_features(inputs.pop("pixel_values"))
-            inputs["vision_hidden_states"] = features.last_hidden_state.cpu()
-            inputs["vision_pooler_output"] = features.pooler_output.cpu()
         chunk = _Chunk(inputs, _Randomness(base))
-        output = model(**chunk.inputs_on(base.device))
-        chunk.has_image = output.has_image
+        with self.autocast():
+            output = model(**chunk.inputs_on(base.device), output_vision_features=base.config.freeze_vision)
+        if base.config.freeze_vision and output.vision_hidden_states is not None:
+            inputs.pop("pixel_values", None)
+            inputs.pop("cached_images", None)
+            inputs["vision_hidden_states"] = output.vision_hidden_states.cpu()
+            inputs["vision_pooler_output"] = output.vision_pooler_output.cpu()
+        chunk.has_image, chunk.logit_scale = output.has_image, output.logit_scale
         chunk.embeddings = {name: output[name].detach() for name in EMBEDDINGS if name in output}
         return chunk
+
+    def _surrogate(self, model: nn.Module, base: NoteLLM2Model, chunk: "_Chunk") -> tuple[Tensor, Tensor]:
+        """Second pass: a scalar whose gradients by the parameters are the chunk's part of the loss's; the logit scale."""
+        with chunk.randomness.replayed(), self.autocast():
+            output = model(**chunk.inputs_on(base.device))
+        parts = [(output[name].float() * gradient.float()).sum() for name, gradient in chunk.gradients.items()]
+        return torch.stack(parts).sum(), output.logit_scale
 
     def _backpropagate(self, surrogate: Tensor) -> None:
         # Where only parts of the image's way are trained, a chunk of texts has nothing to train.
@@ -116,6 +121,7 @@ class _Chunk:
         inputs: the model's; its vision features lie on the CPU.
         randomness: state of the random generators before the first pass.
         has_image: `(chunk,)` bool.
+        logit_scale: one element.
         embeddings: of the first pass, `(chunk, d)` each.
         gradients: of the loss by them.
     """
@@ -123,28 +129,21 @@ class _Chunk:
     inputs: dict[str, Tensor]
     randomness: "_Randomness"
     has_image: Tensor = field(init=False)
+    logit_scale: Tensor = field(init=False)
     embeddings: dict[str, Tensor] = field(init=False)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def inputs_on(self, device: torch.device) -> dict[str, Tensor]:
         return {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
 
-    def surrogate(self, model: nn.Module, base: NoteLLM2Model) -> Tensor:
-        """Second pass: a scalar whose gradients by the parameters are this chunk's part of the loss's."""
-        with self.randomness.replayed():
-            output = model(**self.inputs_on(base.device))
-        return torch.stack(
-            [(output[name].float() * gradient.float()).sum() for name, gradient in self.gradients.items()]
-        ).sum()
-
 
 def _loss_gradients(
-    chunks: Sequence[_Chunk], logit_scale: Tensor, loss: Callable[..., PairLossOutput], divisor: float
+    chunks: Sequence[_Chunk], loss: Callable[..., PairLossOutput], divisor: float
 ) -> tuple[PairLossOutput, Tensor]:
     """The loss over all embeddings; hands each chunk its gradients and returns that of the logit scale."""
     names = list(chunks[0].embeddings)
     leaves = [torch.cat([chunk.embeddings[name] for chunk in chunks]) for name in names]
-    leaves = [leaf.detach().requires_grad_() for leaf in [*leaves, logit_scale]]
+    leaves = [leaf.detach().requires_grad_() for leaf in [*leaves, chunks[-1].logit_scale]]
     given = dict.fromkeys(EMBEDDINGS) | dict(zip([*names, "logit_scale"], leaves, strict=True))
     with torch.enable_grad():
         output = loss(**given, has_image=torch.cat([chunk.has_image for chunk in chunks]))
@@ -160,6 +159,9 @@ def _loss_gradients(
 def split_inputs(base: NoteLLM2Model, inputs: dict[str, Tensor], chunk_size: int) -> list[dict[str, Tensor]]:
     """The model's inputs in parts of `chunk_size` items: each with its own images and without padding it doesn't need.
 
+    If the batch has an image, a part without one gets the first as an image of nobody (see the model's `pixel_values`):
+    every part runs all of the model, as processes that exchange weights or gradients must do in step.
+
     Args:
         inputs: as the processor gives them; `num_images` is read off the placeholders if left out.
 
@@ -167,20 +169,43 @@ def split_inputs(base: NoteLLM2Model, inputs: dict[str, Tensor], chunk_size: int
         ValueError: for an input with another number of rows than items or images.
     """
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    total = max((len(inputs[name]) for name in PER_IMAGE if name in inputs), default=0)
-    counts = count_images(base.config, inputs["input_ids"], inputs.get("num_images"), total)
-    inputs["num_images"] = counts
-    of_items = [len(part) for part in counts.split(chunk_size)]
-    of_images = [int(part.sum()) for part in counts.split(chunk_size)]
-    chunks: list[dict[str, Tensor]] = [{} for _ in of_items]
-    for name, value in inputs.items():
-        sizes = of_images if name in PER_IMAGE else of_items
-        if len(value) != sum(sizes):
-            raise ValueError(f"Input {name} has {len(value)} rows; expected {sum(sizes)}.")
-        for chunk, part in zip(chunks, value.split(sizes), strict=True):
-            if len(part):
-                chunk[name] = part
+    total, rows = _image_rows(inputs)
+    if total == 1 and "num_images" in inputs and not inputs["num_images"].any():
+        counts = inputs["num_images"]  # the batch's own image of nobody
+    else:
+        counts = count_images(base.config, inputs["input_ids"], inputs.get("num_images"), total)
+    of_items = inputs | {"num_images": counts}
+    chunks: list[dict[str, Tensor]] = [{} for _ in counts.split(chunk_size)]
+    for name, value in of_items.items():
+        if name in PER_IMAGE:
+            continue
+        if len(value) != len(counts):
+            raise ValueError(f"Input {name} has {len(value)} rows; expected {len(counts)}.")
+        for chunk, part in zip(chunks, value.split(chunk_size), strict=True):
+            chunk[name] = part
+    start = 0
+    for chunk in chunks:
+        end = start + int(chunk["num_images"].sum())
+        mine = slice(start, end) if end > start else slice(0, min(1, total))
+        for name, places in rows.items():
+            if len(inputs[name]) != int(places.sum()):
+                raise ValueError(f"Input {name} has {len(inputs[name])} rows; expected {int(places.sum())}.")
+            before, among = int(places[: mine.start].sum()), int(places[mine].sum())
+            if among:
+                chunk[name] = inputs[name][before : before + among]
+        start = end
     return [_trimmed(chunk) for chunk in chunks]
+
+
+def _image_rows(inputs: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
+    """Images of a batch, and which of them, `(images,)` bool, have a row in each input that is there."""
+    names = [name for name in PER_IMAGE if name in inputs]
+    total = max((len(inputs[name]) for name in names), default=0)
+    rows = {name: torch.ones(total, dtype=torch.bool) for name in names}
+    if "cached_images" in inputs:
+        cached = inputs["cached_images"].cpu()
+        rows |= {"pixel_values": ~cached, "vision_hidden_states": cached, "vision_pooler_output": cached}
+    return total, rows
 
 
 def _trimmed(chunk: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ class TrainingMonitor:
 
     def __init__(self) -> None:
         self.model: Any = None
+        self.logit_scale: Tensor | None = None
         self.sums: dict[str, list[Tensor]] = defaultdict(list)
         self.items = 0
         self.waited = 0.0
@@ -42,13 +43,14 @@ class TrainingMonitor:
         if model.reduction is not None:
             model.reduction.register_forward_hook(self._watch_norm)
 
-    def add(self, output: PairLossOutput, items: int) -> None:
-        """A step's losses, and the number of items in the batches of all processes."""
+    def add(self, output: PairLossOutput, items: int, logit_scale: Tensor) -> None:
+        """A step's losses, the number of items in the batches of all processes, and the logit scale (one element)."""
         for name in ("multimodal_loss", "visual_loss", "in_batch_recall"):
             value = getattr(output, name)
             if value is not None:
                 self.sums[name].append(value)
         self.items += items
+        self.logit_scale = logit_scale.detach().float()
 
     def counting(self, negatives: Callable[[Tensor], Entries]) -> Callable[[Tensor], Entries]:
         """`negatives`, with the share of entries that it leaves out taken down."""
@@ -73,10 +75,9 @@ class TrainingMonitor:
         figures = {
             name: torch.stack([value.float() for value in values]).mean().item() for name, values in self.sums.items()
         }
-        scale = self.model.logit_scale.detach().float()
+        if self.logit_scale is not None:
+            figures |= {"logit_scale": self.logit_scale.item(), "temperature": (-self.logit_scale).exp().item()}
         figures |= {
-            "logit_scale": scale.item(),
-            "temperature": (-scale).exp().item(),
             "items_per_second": self.items / elapsed,
             "data_wait": self.waited / elapsed,
         }

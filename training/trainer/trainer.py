@@ -1,28 +1,30 @@
 """transformers' Trainer with NoteLLM-2's pair loss: joined batches, GradCache, retrieval metrics, whole checkpoints."""
 
-import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import seed_worker
 
-from training.trainer.adapters import base_of, save_adapter
+from modeling_notellm2 import NoteLLM2Model
+from training.trainer.adapters import base_of, save_adapter, save_gathered
 from training.trainer.arguments import NoteLLM2TrainingArguments
 from training.trainer.batches import PairDataset
-from training.trainer.checkpoints import STAGING, publish_checkpoint
-from training.trainer.distributed import touch_unused, world_size
+from training.trainer.checkpoints import LossSoFar, WholeCheckpoints
+from training.trainer.distributed import gathered_once, gathered_state, layer_classes, shard_on_cpu, world_size
 from training.trainer.grad_cache import GradCache
 from training.trainer.losses import Entries, PairLoss, PairLossOutput
 from training.trainer.monitor import TrainingMonitor
 from training.trainer.sampling import DistinctItemsSampler
-from training.trainer.vision_cache import complete_vision_features
 
 
 class NoteLLM2Trainer(Trainer):
@@ -56,8 +58,13 @@ class NoteLLM2Trainer(Trainer):
     ):
         self.monitor = TrainingMonitor()  # first: a `model_init` is called while Trainer's own __init__ runs
         super().__init__(train_dataset=train_dataset, **arguments)
-        self._check_engine()
         base = base_of(self.model)
+        self._check_engine(base.config.freeze_vision)
+        if self.is_fsdp_enabled:
+            self._plan_shards(base)
+        self.loss_so_far = LossSoFar()
+        self.add_callback(self.loss_so_far)
+        self.add_callback(WholeCheckpoints())
         self.lengths, self.measure = lengths, measure
         self.monitor.watch(base)
         self.pair_loss = PairLoss(
@@ -66,16 +73,51 @@ class NoteLLM2Trainer(Trainer):
             matryoshka_dims=self.args.matryoshka_dims,
             negatives=self.monitor.counting(negatives) if negatives is not None else None,
         )
-        self.staging: str | None = None
 
-    def _check_engine(self) -> None:
+    def _check_engine(self, frozen_vision: bool) -> None:
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process. Start one process for each: "
                 f"torchrun --nproc_per_node {self.args.n_gpu} training/run.py ..."
             )
-        if self.args.chunk_size and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError("chunk_size works on one process or with DDP; with DeepSpeed and FSDP leave it at 0.")
+        if self.args.chunk_size and self.is_deepspeed_enabled:
+            raise ValueError(
+                "chunk_size works on one process, with DDP and with FSDP, not with DeepSpeed, whose engine takes a step at "
+                "every backward pass: take training/configs/eight_gpus_fsdp2.yaml, or leave chunk_size at 0."
+            )
+        if self.is_fsdp_enabled and isinstance(self.model, PeftModel) and self.in_shards:
+            raise ValueError(
+                "LoRA with FSDP needs state_dict_type: FULL_STATE_DICT in fsdp_config: an adapter's checkpoint in shards "
+                "would leave out what is trained beside it."
+            )
+        features = getattr(getattr(self.data_collator, "collate_items", None), "features", None)
+        if self.args.shard_frozen_vision and frozen_vision and features is not None:
+            raise ValueError(
+                "cache_vision_features and shard_frozen_vision exclude each other: a process whose pictures are all stored "
+                "would not take part when the others gather the encoder's weights."
+            )
+
+    def _plan_shards(self, base: NoteLLM2Model) -> None:
+        """Which modules FSDP gathers one by one, unless the config names them, and which stay whole."""
+        plugin = self.accelerator.state.fsdp_plugin
+        parts = list(base.children())
+        if base.config.freeze_vision and not self.args.shard_frozen_vision:
+            plugin.ignored_modules = [base.vision_model]
+            parts.remove(base.vision_model)
+        if plugin.transformer_cls_names_to_wrap is None:
+            plugin.transformer_cls_names_to_wrap = layer_classes(*parts)
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether checkpoints are written in FSDP's shards."""
+        return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; FSDP works on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and self.args.device.type == "cpu":
+            shard_on_cpu(self.accelerator, FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args))
+            self.is_fsdp_enabled = True
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model, as for each trial of a search; the log is about it from now on."""
@@ -92,18 +134,22 @@ class NoteLLM2Trainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Weighted mean of the multimodal and the visual loss over the joined batch of all processes (a scalar)."""
         item_index, num_pairs = inputs.pop("item_index"), int(inputs.pop("num_pairs"))
-        outputs = model(**self._with_vision_features(inputs))
+        with self.forward_context():
+            outputs = model(**inputs)
         losses = self.pair_loss(
             outputs.embeddings,
             outputs.visual_embeddings,
             outputs.has_image,
             item_index,
             num_pairs,
-            base_of(self.model).logit_scale,
+            outputs.logit_scale,
         )
-        self._take_down(losses, item_index)
-        loss = losses.loss + touch_unused(base_of(self.model), outputs.has_image)
-        return (loss, outputs) if return_outputs else loss
+        self.record_losses(losses, item_index, outputs.logit_scale)
+        return (losses.loss, outputs) if return_outputs else losses.loss
+
+    def forward_context(self) -> Any:
+        """Mixed precision around forward passes where accelerate doesn't put it inside: FSDP casts weights alone."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -115,27 +161,35 @@ class NoteLLM2Trainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         item_index, num_pairs = inputs.pop("item_index"), int(inputs.pop("num_pairs"))
         base = base_of(self.model)
+        # In a batch that is only added to others, no chunk is exchanged: Trainer's own `no_sync` is around it.
+        last_batch = self.accelerator.sync_gradients
         cache = GradCache(
             self.args.chunk_size,
             backward=self.accelerator.backward,
-            no_sync=partial(self.accelerator.no_sync, model),
-            autocast=self.accelerator.autocast,
+            no_sync=partial(self.accelerator.no_sync, model) if last_batch else nullcontext,
+            autocast=self.forward_context,
         )
         steps = self.current_gradient_accumulation_steps
-        with self.compute_loss_context_manager():
-            inputs = self._with_vision_features(inputs) if "cached_images" in inputs else inputs
-            loss = partial(self.pair_loss, item_index=item_index, num_pairs=num_pairs)
+        scales: list[Tensor] = []
+
+        def loss(**embedded: Any) -> PairLossOutput:
+            scales.append(embedded["logit_scale"])
+            return self.pair_loss(**embedded, item_index=item_index, num_pairs=num_pairs)
+
+        with self.compute_loss_context_manager(), self._gathered(model):
             losses = cache.step(model, base, inputs, loss, divisor=steps)
-        self._take_down(losses, item_index)
+        self.record_losses(losses, item_index, scales[-1])
         return losses.loss / steps
 
-    def _with_vision_features(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """`complete_vision_features` in the run's precision: the model's forward has its own, the encoder beside it hasn't."""
-        with self.accelerator.autocast():
-            return complete_vision_features(base_of(self.model), inputs)
+    def _gathered(self, model: nn.Module) -> Any:
+        """All chunks with weights that are gathered once."""
+        if not self.is_fsdp_enabled or self.args.gather_for_each_chunk:
+            return nullcontext()
+        return gathered_once(model, self.accelerator.state.fsdp_plugin.reshard_after_forward)
 
-    def _take_down(self, losses: PairLossOutput, item_index: Tensor) -> None:
+    def record_losses(self, losses: PairLossOutput, item_index: Tensor, logit_scale: Tensor) -> None:
         """Keep the figures for the log; a loss that is no number ends the run here, with the items that gave it."""
+        assert losses.loss is not None
         if not torch.isfinite(losses.loss):
             items = self.train_dataset.items
             ids = [items.item_ids[position] for position in item_index.tolist()]
@@ -144,17 +198,22 @@ class NoteLLM2Trainer(Trainer):
                 f"{', '.join(map(str, ids))}. Look at their images and texts, lower the learning rate, or train in "
                 "bfloat16 instead of float16."
             )
-        self.monitor.add(losses, len(item_index) * world_size())
+        self.monitor.add(losses, len(item_index) * world_size(), logit_scale)
+        self.loss_so_far.add(losses.loss)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
-        """As Trainer's, with the time taken that it waits for data."""
+        """As Trainer's, with the time taken that it waits for data. None where a restart finds all steps done."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
         with self.monitor.waiting():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the monitor's figures to a line about training."""
+        """Add the monitor's figures to a line about training; the last line's loss is the whole run's, restarts and all."""
         if "loss" in logs:
             logs |= self.monitor.take()
+        if "train_loss" in logs:
+            logs["train_loss"] = self.loss_so_far.mean
         super().log(logs, start_time)
 
     def evaluate(
@@ -186,54 +245,56 @@ class NoteLLM2Trainer(Trainer):
             self.optimizer = optimizer_class(parameter_groups(model or self.model, self.args), **options)
         return self.optimizer
 
-    def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> DistinctItemsSampler:
-        """Batches of all processes together hold no item twice: accelerate deals them out in turn."""
-        grouped = self.args.train_sampling_strategy == "group_by_length"
-        return DistinctItemsSampler(
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of all processes together hold no item twice: the sampler makes them, accelerate deals them out in turn."""
+        args = self.args
+        grouped = args.train_sampling_strategy == "group_by_length"
+        sampler = DistinctItemsSampler(
             self.train_dataset.pairs,
-            self._train_batch_size * self.args.world_size,
-            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            args.per_device_train_batch_size * args.world_size,
+            args.seed if args.data_seed is None else args.data_seed,
             self.lengths if grouped else None,
         )
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if isinstance(self.model, PeftModel):
-            save_adapter(self.model, Path(output_dir or self.args.output_dir), state_dict)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self.staging or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Written in a folder aside, then renamed, so that a checkpoint is whole or not there."""
-        folder = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        staged = folder / STAGING
-        if self.args.should_save:
-            shutil.rmtree(staged, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.staging = str(staged)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.staging = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self._publish(staged / name, folder / name)
-            shutil.rmtree(staged, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def _publish(self, staged: Path, final: Path) -> None:
-        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
-        if self.state.best_global_step and (best == final or best.exists()):
-            self.state.best_model_checkpoint = str(best)
-        self.state.save_to_json(str(staged / "trainer_state.json"))
-        publish_checkpoint(staged, final)
-        rotate_checkpoints(
-            output_dir=str(final.parent),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=args.per_device_train_batch_size,
+            sampler=sampler,
+            drop_last=True,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
         )
+        return self.accelerator.prepare(loader)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write model or adapter, processor and code. All processes call it: weights in shards are gathered first.
+
+        A checkpoint in shards has no model beside them.
+        """
+        if _internal_call and self.in_shards:
+            return
+        if not isinstance(self.model, PeftModel) and not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if self.is_fsdp_enabled:
+            state = gathered_state(self.model, keep=self.args.should_save)
+        else:
+            state = self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.model, PeftModel):
+            save_adapter(self.model, folder, state)
+        else:
+            save_gathered(self.model, folder, state)
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
 
 
 def parameter_groups(model: nn.Module, arguments: NoteLLM2TrainingArguments) -> list[dict[str, Any]]:

@@ -234,32 +234,6 @@ def encoder_key(model: Any, processor: Any, dtype: torch.dtype = torch.float32) 
     return digest.hexdigest()
 
 
-def complete_vision_features(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """Replace a batch's pixels by the frozen vision encoder's features, in order with those that were stored.
-
-    Runs where the model is, not in a worker. Without pixels, or with an encoder that is trained, the batch is returned
-    as it is.
-
-    Args:
-        batch: of `training.trainer.batches.ItemCollator`: `cached_images` (images,) bool says which images'
-            `vision_hidden_states` and `vision_pooler_output` are there; the others' `pixel_values` are.
-    """
-    if "pixel_values" not in batch or not model.config.freeze_vision:
-        return batch
-    rest = {key: value for key, value in batch.items() if key not in ("pixel_values", "cached_images")}
-    with torch.no_grad():
-        features = model.get_vision_features(batch["pixel_values"])
-    computed = {"vision_hidden_states": features.last_hidden_state, "vision_pooler_output": features.pooler_output}
-    if "cached_images" in batch:
-        cached = batch["cached_images"]
-        for name, values in computed.items():
-            merged = values.new_empty(len(cached), *values.shape[1:])
-            merged[cached] = batch[name].to(values.dtype)
-            merged[~cached] = values
-            computed[name] = merged
-    return {**rest, **computed}
-
-
 def _prepare(cache: VisionCache, processor: Any, item: Item) -> list[tuple[bytes, Tensor]]:
     """Key and pixels of those images of an item that are not stored and can be read; runs in a worker."""
     found = []

@@ -11,7 +11,7 @@ from PIL import Image
 from modeling_notellm2.prompts_notellm2 import ItemError
 from tests.conftest import make_model
 from training.tables.items import ItemTable, PairTable
-from training.trainer.batches import ItemCollator, PairCollator, PairDataset
+from training.trainer.batches import ItemCollator, Pair, PairCollator, PairDataset, drop_repeated_lines
 from training.trainer.sampling import DistinctItemsSampler, item_lengths
 
 
@@ -122,24 +122,32 @@ def test_rows_stand_as_queries_targets_then_negatives():
         assert torch.equal(batch[name], values), name
 
 
-def test_an_image_that_breaks_late_is_listed_and_its_item_goes_on_or_its_pair_is_replaced(tmp_path):
+def test_an_image_that_breaks_late_is_listed_and_its_pair_is_replaced_unless_another_is_left(tmp_path):
     _, processor = make_model()
     items = make_items(8, broken=(1, 4), silent=(4,))
+    several = {**items[6], "image": [items[1]["image"], items[6]["image"]]}
     dataset = PairDataset(items, PairTable(np.array([[0, 1], [2, 3], [4, 5], [6, 7]])))
     collate = PairCollator(ItemCollator(processor, rejects=tmp_path / "rejects.jsonl"))
+    pairs = [dataset[number] for number in range(4)]
+    pairs[3] = Pair(pairs[3].positions, [several, pairs[3].items[1]])
 
     for _ in range(2):
-        batch = collate([dataset[number] for number in range(4)])
+        batch = collate(pairs)
 
     assert batch["num_pairs"] == 4
-    assert batch["item_index"].tolist() == [0, 2, 6, 6, 1, 3, 7, 7]
-    assert batch["num_images"].tolist() == [1, 1, 1, 1, 0, 1, 1, 1]
-    assert len(batch["pixel_values"]) == 7
+    assert batch["item_index"].tolist() == [2, 2, 2, 6, 3, 3, 3, 7]
+    assert batch["num_images"].tolist() == [1] * 8
+    again = PairCollator(ItemCollator(processor, rejects=tmp_path / "rejects.jsonl"))
+    again(pairs)
+    lines = (tmp_path / "rejects.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    assert drop_repeated_lines(tmp_path / "rejects.jsonl") == 3
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
-    assert [reject["ids"] for reject in rejects] == [["i1"], ["i4"]]
+    assert [reject["ids"] for reject in rejects] == [["i1"], ["i4"], ["i6"]]
     with pytest.raises(ItemError, match="i4"):
         collate([dataset[2]])
     assert collate.collate_items([items[4]])["num_images"].tolist() == [0]
+    assert len(collate.collate_items([items[4]])["pixel_values"]) == 1  # nobody's
 
 
 def test_modality_dropout_depends_on_seed_and_batch_alone_and_never_empties_an_item():

@@ -169,7 +169,7 @@ def test_a_frozen_vision_encoder_runs_once_and_only_for_pixels():
     model.vision_model.register_forward_hook(lambda module, args, kwargs, output: seen.append(1), with_kwargs=True)
     GradCache(3).step(model, model, inputs, loss)
     expected = taken_gradients(model)
-    assert len(seen) == 3  # of four chunks the last has no picture
+    assert len(seen) == 4  # the last of four chunks has no picture and takes one along
 
     features = model.get_vision_features(inputs.pop("pixel_values"))
     seen.clear()
@@ -190,8 +190,11 @@ def test_chunks_have_their_own_images_and_no_needless_padding(padding_side):
     for given in (inputs, counted):
         chunks = split_inputs(model, given, 3)
         assert [len(chunk["input_ids"]) for chunk in chunks] == [3, 3, 3, 1]
-        assert [len(chunk.get("pixel_values", ())) for chunk in chunks] == [1, 2, 4, 0]
+        assert [len(chunk["pixel_values"]) for chunk in chunks] == [1, 2, 4, 1]
         assert torch.equal(torch.cat([c["pixel_values"] for c in chunks[:3]]), inputs["pixel_values"])
+        assert torch.equal(
+            chunks[3]["pixel_values"], inputs["pixel_values"][:1]
+        )  # nobody's, so that all parts take part
         assert torch.equal(torch.cat([c["num_images"] for c in chunks]), inputs["num_images"])
         for start, chunk in zip(range(0, 10, 3), chunks, strict=True):
             whole = inputs["attention_mask"][start : start + 3]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tests.conftest import make_model
 from training.trainer import vision_cache
 from training.trainer.batches import ItemCollator, cache_vision_features
-from training.trainer.vision_cache import complete_vision_features, encoder_key, open_vision_cache
+from training.trainer.vision_cache import encoder_key, open_vision_cache
 
 
 def png(number: int) -> bytes:
@@ -54,10 +54,8 @@ def test_cached_uncached_and_mixed_batches_give_the_same_embeddings(model_and_pr
         batch = ItemCollator(processor, cache)(ITEMS)
         assert batch.keys() & {"pixel_values", "cached_images"} == keys
         assert len(batch.get("pixel_values", ())) == {0: 0, 1: 5, 2: 3}[len(keys)]
-        completed = complete_vision_features(model, batch)
-        assert "pixel_values" not in completed
         with torch.no_grad():
-            found = model(**completed)
+            found = model(**batch)
         assert found.has_image.tolist() == [True, False, True, True, True]
         torch.testing.assert_close(found.embeddings, expected.embeddings, atol=2e-3, rtol=0)
         torch.testing.assert_close(found.visual_embeddings, expected.visual_embeddings, atol=2e-3, rtol=0)
@@ -88,8 +86,6 @@ def test_a_changed_image_or_encoder_or_preprocessing_has_no_stale_features(model
     other.config.freeze_vision = False
     with pytest.raises(ValueError, match="frozen"):
         open_vision_cache(other, processor, tmp_path)
-    batch = {"pixel_values": torch.zeros(1, 3, 32, 32)}
-    assert complete_vision_features(other, batch) is batch
 
 
 def test_what_is_stored_is_not_computed_again_and_the_limit_holds(model_and_processor, tmp_path, monkeypatch):
@@ -157,8 +153,8 @@ def test_workers_read_the_mapped_files(model_and_processor, tmp_path):
     model, processor = model_and_processor
     items = [{"item_id": str(number), "image": png(number % 6)} for number in range(12)]
     cache = cache_vision_features(model, processor, items[:3], tmp_path, num_workers=2)
-    expected = complete_vision_features(model, ItemCollator(processor, cache)(items))["vision_hidden_states"]
+    expected = model(**ItemCollator(processor, cache)(items), output_vision_features=True).vision_hidden_states
     collate = pickle.loads(pickle.dumps(ItemCollator(processor, cache)))  # as a spawned worker gets it
     loader = DataLoader(items, 4, num_workers=2, collate_fn=collate)
-    batches = [complete_vision_features(model, batch)["vision_hidden_states"] for batch in loader]
+    batches = [model(**batch, output_vision_features=True).vision_hidden_states for batch in loader]
     torch.testing.assert_close(torch.cat(batches), expected, atol=1e-5, rtol=1e-4)

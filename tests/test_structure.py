@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,13 @@ ALLOWED = {
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """Full names of what a file imports, in functions too."""
+    """Full names of what a file imports when it runs, in functions too."""
     package = path.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body.clear()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -62,6 +67,24 @@ def is_within_folder(path: Path, folder: str) -> bool:
 def test_nothing_of_the_product_uses_the_experiments():
     product = [path for path in (ROOT / "training").rglob("*.py") if not is_within_folder(path, "training/experiments")]
     assert not [path for path in product for name in imports_of(path) if is_within(name, "training.experiments")]
+
+
+def test_no_circle_of_imports():
+    """Of any files of ours, those inside functions counted too."""
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in OURS[:3]
+        for path in (ROOT / package).rglob("*.py")
+    }
+    needs = {
+        name: {
+            found
+            for imported in imports_of(path)
+            if (found := imported if imported in names else imported.rpartition(".")[0]) in names and found != name
+        }
+        for name, path in names.items()
+    }
+    TopologicalSorter(needs).prepare()  # CycleError names the circle
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda path: f"{path.parent.name}-{path.stem}")

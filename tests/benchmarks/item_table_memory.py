@@ -56,7 +56,8 @@ def make_tables(folder: Path, items: int) -> None:
 
 def measure(side: str, folder: Path) -> dict[str, float]:
     """Seconds and megabytes of this process."""
-    from training.tables.items import load_items, load_pairs
+    from training.tables.items import load_items
+    from training.tables.pairs import load_pairs
 
     peak, before = 0.0, anonymous_mb()
     finished = threading.Event()

@@ -7,6 +7,7 @@ title. The linear map is trained on the training pairs alone, with the model's o
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -24,14 +25,14 @@ MAP_LEARNING_RATE = 1e-3
 
 
 def baseline_embeddings(
-    items: Sequence[Mapping[str, Any]], summary: Tensor, train_pairs: Sequence[tuple[str, str]], seed: int
+    items: Sequence[Mapping[str, Any]], summary: Tensor, train_pairs: np.ndarray, seed: int
 ) -> dict[str, Tensor]:
     """Embeddings of all items by each baseline.
 
     Args:
-        items: n items with `item_id`; a missing title is an empty one.
+        items: n items; a missing title is an empty one.
         summary: (n, width) floating, the frozen vision encoder's summary feature of each item.
-        train_pairs: (query id, target id) of pairs to train on.
+        train_pairs: (m, 2) integer positions in `items`: query and target of the pairs to train on.
         seed: of the linear map.
 
     Returns:
@@ -46,13 +47,11 @@ def baseline_embeddings(
     vision = F.normalize(summary.float(), dim=-1)
     text = title_features([item.get("title") or "" for item in items])
     both = F.normalize(torch.cat([vision, text], dim=1), dim=-1)
-    position_of = {item["item_id"]: position for position, item in enumerate(items)}
-    pairs = torch.tensor([(position_of[query], position_of[target]) for query, target in train_pairs])
     return {
         "frozen vision": vision,
         "frozen text": text,
         "frozen both": both,
-        "linear map": contrastive_linear_map(both, pairs, seed),
+        "linear map": contrastive_linear_map(both, torch.from_numpy(train_pairs).long(), seed),
     }
 
 

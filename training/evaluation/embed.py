@@ -29,7 +29,8 @@ MODALITIES = {
 }
 
 Item = dict[str, Any]
-Pairs = Sequence[tuple[str, str]]
+Pairs = np.ndarray
+"""(p, 2) integer: positions of query and target in the item table."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def views(
     for name in modalities:
         fields = MODALITIES[name]
         positions = np.flatnonzero(np.any([present[field] for field in fields if field in present], axis=0)).tolist()
-        if not _has_pair(positions, items, pairs):
+        if not _has_pair(positions, pairs):
             continue
         embedded = embed(model, _Without(items, positions, fields), collate, batch_size, name, num_workers)
         yield View(name, positions, embedded.embeddings)
@@ -166,23 +167,21 @@ def evaluate(
     """Recall, and precision where there are labels, of every modality that has a pair to measure.
 
     Args:
-        pairs: (query id, target id).
+        pairs: (p, 2) integer positions in `items`: query and target.
         labels: one for each item, e.g. its category.
         num_workers: processes that open images.
 
     Returns:
         A flat dict such as `{"both/recall@10": 0.4, "both/precision@10": 0.3, "visual/recall@10": ...}`.
     """
-    return measure_views(views(model, collate, items, pairs, batch_size, num_workers), items, pairs, labels)
+    return measure_views(views(model, collate, items, pairs, batch_size, num_workers), pairs, labels)
 
 
-def measure_views(
-    embedded: Iterable[View], items: ItemTable, pairs: Pairs, labels: Sequence[Any] | None = None
-) -> dict[str, float]:
+def measure_views(embedded: Iterable[View], pairs: Pairs, labels: Sequence[Any] | None = None) -> dict[str, float]:
     """What `evaluate` returns, of items that `views` has embedded."""
     metrics: dict[str, float] = {}
     for view in embedded:
-        metrics |= measure(view.name, view.embeddings, view.positions, items, pairs, labels)
+        metrics |= measure(view.name, view.embeddings, view.positions, pairs, labels)
     return metrics
 
 
@@ -200,11 +199,11 @@ def evaluate_in_training(
     The visual embeddings are measured over the items that have an image.
     """
     embedded = embed(model, items, collate, batch_size, "evaluation items", num_workers)
-    metrics = measure("both", embedded.embeddings, list(range(len(items))), items, pairs, labels)
+    metrics = measure("both", embedded.embeddings, list(range(len(items))), pairs, labels)
     found = {name.removeprefix("both/"): value for name, value in metrics.items()}
     shown = embedded.has_image.nonzero().flatten().tolist()
-    if embedded.visual_embeddings is not None and _has_pair(shown, items, pairs):
-        metrics = measure("visual", embedded.visual_embeddings[shown], shown, items, pairs, labels)
+    if embedded.visual_embeddings is not None and _has_pair(shown, pairs):
+        metrics = measure("visual", embedded.visual_embeddings[shown], shown, pairs, labels)
         found |= {name.replace("/", "_"): value for name, value in metrics.items()}
     return found
 
@@ -213,12 +212,11 @@ def measure(
     name: str,
     embeddings: Tensor,
     positions: Sequence[int],
-    items: ItemTable,
     pairs: Pairs,
     labels: Sequence[Any] | None = None,
 ) -> dict[str, float]:
     """Metrics of the embeddings of the items at `positions`, each under `name/`."""
-    result = rank_targets(embeddings, [items.item_ids[i] for i in positions], pairs)
+    result = rank_targets(embeddings, positions, pairs.tolist())
     metrics = {f"{name}/recall@{k}": result.recall(k) for k in RECALL_AT}
     chosen = [labels[i] for i in positions] if labels is not None else []
     if len(chosen) > NEIGHBOURS and any(map(has_label, chosen)):
@@ -228,7 +226,7 @@ def measure(
 
 def random_expectation(items: ItemTable, pairs: Pairs, labels: Sequence[Any] | None = None) -> dict[str, float]:
     """What a random ranking of all items reaches, with the number of queries and candidates beside it."""
-    result = rank_targets(torch.zeros(len(items), 1), items.item_ids, pairs)
+    result = rank_targets(torch.zeros(len(items), 1), range(len(items)), pairs.tolist())
     metrics = {f"random/recall@{k}": result.expected_recall(k) for k in RECALL_AT}
     if labels is not None and len(items) > NEIGHBOURS and any(map(has_label, labels)):
         metrics[f"random/precision@{NEIGHBOURS}"] = expected_precision(labels)
@@ -240,6 +238,5 @@ def random_expectation(items: ItemTable, pairs: Pairs, labels: Sequence[Any] | N
     }
 
 
-def _has_pair(positions: Sequence[int], items: ItemTable, pairs: Pairs) -> bool:
-    ids = {items.item_ids[i] for i in positions}
-    return any(query in ids and target in ids and query != target for query, target in pairs)
+def _has_pair(positions: Sequence[int], pairs: Pairs) -> bool:
+    return bool((np.isin(pairs, positions).all(1) & (pairs[:, 0] != pairs[:, 1])).any())

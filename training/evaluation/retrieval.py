@@ -13,9 +13,10 @@ bound; only rows where a candidate lies within that bound of the target are comp
 processor's cache, and memory beyond the embeddings is that of some tiles.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,14 +88,14 @@ class MultiPositiveResult:
 
 
 def rank_targets(
-    embeddings: Tensor, item_ids: Sequence[str], pairs: Sequence[tuple[str, str]], tile: int = TILE
+    embeddings: Tensor, item_ids: Sequence[Hashable], pairs: Iterable[Sequence[Any]], tile: int = TILE
 ) -> RetrievalResult:
     """Rank each kept pair's second member among all items that are no query, by dot product with the first member.
 
     Args:
         embeddings: (n, d) floating point, row i belonging to `item_ids[i]`.
-        item_ids: n different ids.
-        pairs: (query id, target id), in the order in which they are walked.
+        item_ids: n different ids, or positions in the item table.
+        pairs: query and target, ids or positions as `item_ids`, in the order in which they are walked.
         tile: candidates handled at once.
 
     Raises:
@@ -103,7 +104,7 @@ def rank_targets(
     """
     row_of = _rows_by_id(embeddings, item_ids)
     kept: list[tuple[int, int]] = []
-    seen: set[str] = set()
+    seen: set[Hashable] = set()
     unknown = repeated = 0
     for query_id, target_id in pairs:
         if query_id not in row_of or target_id not in row_of:
@@ -124,7 +125,7 @@ def rank_targets(
 
 
 def rank_all_targets(
-    embeddings: Tensor, item_ids: Sequence[str], pairs: Sequence[tuple[str, str]], tile: int = TILE
+    embeddings: Tensor, item_ids: Sequence[Hashable], pairs: Iterable[Sequence[Any]], tile: int = TILE
 ) -> MultiPositiveResult:
     """Rank all second members that each first member has in the pairs, among all items but the first member.
 
@@ -345,7 +346,7 @@ def _later_ties(groups: Tensor, scores: Tensor) -> Tensor:
     return ties
 
 
-def _rows_by_id(embeddings: Tensor, item_ids: Sequence[str]) -> dict[str, int]:
+def _rows_by_id(embeddings: Tensor, item_ids: Sequence[Hashable]) -> dict[Hashable, int]:
     row_of = {item_id: row for row, item_id in enumerate(item_ids)}
     if not len(row_of) == len(item_ids) == len(embeddings):
         raise ValueError(

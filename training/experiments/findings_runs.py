@@ -23,11 +23,13 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
 from training.evaluation.embed import evaluate, measure
-from training.run import RunData, load_data, make_trainer, measure_baselines
+from training.evaluation.run_figures import measure_baselines
+from training.run import make_trainer
 from training.tables.items import ItemTable
 from training.trainer.adapters import base_of, with_lora
 from training.trainer.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
 from training.trainer.batches import cache_vision_features
+from training.trainer.data import RunData, load_data
 from training.trainer.sampling import DistinctItemsSampler
 from training.trainer.vision_cache import VisionCache
 
@@ -175,7 +177,7 @@ def measure_baseline(
     if name.startswith("MiniLM"):
         everything = list(range(len(data.eval_items)))
         embeddings = minilm_embeddings(data, arguments if name.endswith("trained") else None)
-        return measure("text", embeddings, everything, data.eval_items, data.eval_pairs, data.labels)
+        return measure("text", embeddings, everything, data.eval_pairs, data.labels)
     model, processor = build(options.model, {})
     features = vision_features(model, processor, data.items, tables, arguments)
     metrics = measure_baselines(data, features, arguments.seed)

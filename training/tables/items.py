@@ -13,9 +13,8 @@ import pyarrow.compute as pc
 
 from training.tables.columns import ITEM_FIELDS, item_from_values
 from training.tables.images import PER_TASK, picture_faults
-from training.tables.pairs import MatchedPairs, PairTable, load_pairs, match_pairs
 from training.tables.reading import Table, open_table
-from training.tables.rejects import Reject, RejectedRows, Rejects, TableError
+from training.tables.rejects import RejectedRows, Rejects, TableError
 
 
 IMAGES_CHECKED = 1_000_000
@@ -246,17 +245,3 @@ class _Screening:
     def _reject(self, rows: np.ndarray, reason: str) -> None:
         self.rejects += Rejects(RejectedRows(self.table, rows, reason, id_columns=("item_id",)))
         self.usable[rows] = False
-
-
-__all__ = [
-    "ItemIds",
-    "ItemTable",
-    "MatchedPairs",
-    "PairTable",
-    "Reject",
-    "Rejects",
-    "TableError",
-    "load_items",
-    "load_pairs",
-    "match_pairs",
-]

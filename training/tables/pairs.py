@@ -4,18 +4,15 @@ In memory are two positions of 4 bytes for each pair.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from training.tables.items import ItemTable
 from training.tables.reading import Table, open_table
 from training.tables.rejects import RejectedRows, Rejects, TableError
 
-
-if TYPE_CHECKING:
-    from training.tables.items import ItemTable
 
 PAIR_IDS = ("query_id", "target_id")
 
@@ -53,7 +50,7 @@ class MatchedPairs:
     rejects: Rejects
 
 
-def pair_positions(source: str, items: "ItemTable", encoding: str | None = None) -> np.ndarray:
+def pair_positions(source: str, items: ItemTable, encoding: str | None = None) -> np.ndarray:
     """(rows, 2) int32 positions of each row's query and target among `items`; -1 for another item, and for no row.
 
     Raises:
@@ -62,14 +59,14 @@ def pair_positions(source: str, items: "ItemTable", encoding: str | None = None)
     return _positions(open_table(source, encoding=encoding), items)
 
 
-def _positions(table: Table, items: "ItemTable") -> np.ndarray:
+def _positions(table: Table, items: ItemTable) -> np.ndarray:
     table.require(PAIR_IDS)
     positions = np.stack([items.item_ids.positions(table.column(name)) for name in PAIR_IDS], axis=1)
     positions[table.unreadable(PAIR_IDS)[0]] = -1
     return positions
 
 
-def match_pairs(source: str, items: "ItemTable", split: str | None = None, encoding: str | None = None) -> MatchedPairs:
+def match_pairs(source: str, items: ItemTable, split: str | None = None, encoding: str | None = None) -> MatchedPairs:
     """Find the members of each pair; pairs whose members are not in `items`, or are one item, are rejected.
 
     Args:
@@ -102,7 +99,7 @@ def match_pairs(source: str, items: "ItemTable", split: str | None = None, encod
 
 def load_pairs(
     source: str,
-    items: "ItemTable",
+    items: ItemTable,
     split: str | None = None,
     distinct_column: str | None = None,
     seed: int = 0,

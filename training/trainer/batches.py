@@ -22,7 +22,9 @@ from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.prompts_notellm2 import ItemError
 from training.tables.files import write_text
 from training.tables.images import Item, content_key, read_encoded
-from training.tables.items import ItemTable, PairTable, Reject
+from training.tables.items import ItemTable
+from training.tables.pairs import PairTable
+from training.tables.rejects import Reject
 from training.trainer.false_negatives import TEXT_FIELDS
 from training.trainer.vision_cache import VisionCache, open_vision_cache
 

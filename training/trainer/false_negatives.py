@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from training.tables.images import image_hash, map_items
-from training.tables.items import ItemTable, PairTable
+from training.tables.items import ItemTable
+from training.tables.pairs import PairTable
 
 
 TEXT_FIELDS = ("title", "topics", "content")

@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 from torch.utils.data import Sampler
 
 from modeling_notellm2.prompts_notellm2 import FieldLimits
-from training.tables.items import ItemTable, PairTable
+from training.tables.items import ItemTable
+from training.tables.pairs import PairTable
 
 
 CHARACTERS_PER_TOKEN = 2

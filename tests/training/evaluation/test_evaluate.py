@@ -12,8 +12,9 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from tests.conftest import make_model
-from training.evaluate import EvaluateArguments, MeasureOptions, evaluate_model, run
+from training.evaluate import EvaluateArguments, run
 from training.evaluation.embed import embed
+from training.evaluation.evidence import MeasureOptions, evaluate_model
 from training.evaluation.metrics import multi_positive_metrics
 from training.evaluation.overlap import trained_share
 from training.evaluation.retrieval import precision_at_k, rank_all_targets, rank_targets
@@ -131,7 +132,7 @@ def test_a_model_does_not_differ_from_itself_and_keeps_its_mode(coloured_tables,
     items = items.select(range(30))
     model = AutoModel.from_pretrained(tiny_model_folder, trust_remote_code=True).train()
     processor = AutoProcessor.from_pretrained(tiny_model_folder, trust_remote_code=True)
-    pairs = [(f"i{a}", f"i{a + 6}") for a in range(24)]
+    pairs = np.array([(a, a + 6) for a in range(24)])
 
     report = evaluate_model(
         model, processor, items, pairs, MeasureOptions(ks=[5], resamples=20), other=(model, processor)

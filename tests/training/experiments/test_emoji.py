@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from training.evaluation.baselines import baseline_embeddings, contrastive_linea
 from training.evaluation.retrieval import precision_at_k
 from training.experiments import emoji as emoji_items
 from training.experiments.emoji import EmojiArguments, build_tables
-from training.tables.items import load_items, load_pairs
+from training.tables.items import load_items
+from training.tables.pairs import load_pairs
 
 
 ROOT = Path(__file__).parents[3]
@@ -106,7 +108,8 @@ def test_baselines_on_unseen_items(tables):
     numbers = torch.tensor([categories.index(item["category"]) for item in tables.items])
     noise = torch.randn(len(numbers), 16, generator=torch.Generator().manual_seed(0))
     summary = F.one_hot(numbers, 16).float() + 0.3 * noise
-    pairs = [(pair["query_id"], pair["target_id"]) for pair in tables.train_pairs]
+    rows = {item["item_id"]: row for row, item in enumerate(tables.items)}
+    pairs = np.array([(rows[pair["query_id"]], rows[pair["target_id"]]) for pair in tables.train_pairs])
     found = baseline_embeddings(tables.items, summary, pairs, seed=0)
     unseen = [row for row, item in enumerate(tables.items) if item["split"] == "test"]
     labels = [tables.items[row]["subcategory"] for row in unseen]
@@ -134,11 +137,11 @@ def test_linear_map_sees_training_rows_only():
 def test_missing_title_is_no_feature():
     items = [{"item_id": "a", "title": "red apple"}, {"item_id": "b"}, {"item_id": "c", "title": "green apple"}]
     summary = torch.eye(3)
-    found = baseline_embeddings(items, summary, [("a", "c")], seed=0)
+    found = baseline_embeddings(items, summary, np.array([[0, 2]]), seed=0)
     assert found["frozen text"][1].abs().sum() == 0
     assert found["frozen text"][0] @ found["frozen text"][2] > 0.1
     with pytest.raises(ValueError, match="3 items need as many vision features; got 2"):
-        baseline_embeddings(items, summary[:2], [("a", "c")], seed=0)
+        baseline_embeddings(items, summary[:2], np.array([[0, 2]]), seed=0)
 
 
 def _texts(item):

@@ -13,7 +13,8 @@ from PIL import Image
 
 from training.experiments import openmoji as openmoji_items
 from training.experiments.openmoji import DATA, DRAWINGS, OpenMojiArguments, build_tables
-from training.tables.items import load_items, load_pairs
+from training.tables.items import load_items
+from training.tables.pairs import load_pairs
 
 
 ROOT = Path(__file__).parents[3]

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.training.tables.test_items import SCHEMA, png
-from training.hard_negatives import Exclusions, HardNegativesArguments, main, mine_negatives
-from training.tables.items import load_items, load_pairs
+from training.hard_negatives import HardNegativesArguments, main
+from training.mining.hard_negatives import Exclusions, mine_negatives
+from training.tables.items import load_items
+from training.tables.pairs import load_pairs
 from training.trainer.false_negatives import KnownPositives
 
 

@@ -16,10 +16,11 @@ from transformers import AutoModel, AutoProcessor
 
 from tests.support.browser import open_page
 from training.evaluation.embed import embed, evaluate
-from training.evaluation.evidence import evaluate_whole
-from training.report import headline, write_report
+from training.evaluation.run_figures import write_evaluation
+from training.reporting.page import headline, write_report
 from training.run import run
-from training.tables.items import load_items, load_pairs
+from training.tables.items import load_items
+from training.tables.pairs import load_pairs
 from training.trainer.arguments import parse
 from training.trainer.batches import ItemCollator
 
@@ -126,10 +127,9 @@ def test_what_is_measured_is_what_is_saved(finished, tables):
     items, _ = load_items(str(tables / "items.parquet"))
     items = items.select(items.where("split", "test"))
     table, _ = load_pairs(str(tables / "test.jsonl"), items)
-    pairs = [(items.item_ids[query], items.item_ids[target]) for query, target in table.pairs.tolist()]
     model = AutoModel.from_pretrained(finished / "model").eval()
     processor = AutoProcessor.from_pretrained(finished / "model")
-    again = evaluate(model, ItemCollator(processor), items, pairs, items.column("colour"))
+    again = evaluate(model, ItemCollator(processor), items, table.pairs, items.column("colour"))
     assert again == pytest.approx(metrics["after"])
 
 
@@ -147,12 +147,12 @@ def test_a_report_that_fails_costs_no_model(tables, tiny_model_folder, tmp_path,
     (folder / "report.html").write_text("of an earlier run")
 
     def fail(*arguments):
-        evaluate_whole(*arguments)
+        write_evaluation(*arguments)
         raise MemoryError
 
     passes = []
     monkeypatch.setattr("training.evaluation.embed.embed", lambda *given: (passes.append(given[4]), embed(*given))[1])
-    monkeypatch.setattr("training.run.evaluate_whole", fail)
+    monkeypatch.setattr("training.evaluation.run_figures.write_evaluation", fail)
     with pytest.raises(MemoryError):
         train(tiny_model_folder, tmp_path / "tables", folder, check_images=False)
     assert AutoModel.from_pretrained(folder / "model", trust_remote_code=True)

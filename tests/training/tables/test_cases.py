@@ -26,8 +26,9 @@ from hub.catalogue.encoder import ItemEncoder, Rows
 from hub.pages.app_search import positions_of_ids
 from hub.publishing.dataset import RejectsFile, write_items
 from training.tables.columns import item_of
-from training.tables.items import ItemTable, TableError, load_items, load_pairs
-from training.tables.rejects import Rejects
+from training.tables.items import ItemTable, load_items
+from training.tables.pairs import load_pairs
+from training.tables.rejects import Rejects, TableError
 from training.tables.validate import validate
 from training.trainer.batches import ItemCollator
 

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from training.tables.columns import item_of
-from training.tables.items import TableError, load_items, load_pairs
-from training.tables.rejects import write_rejects
+from training.tables.items import load_items
+from training.tables.pairs import load_pairs
+from training.tables.rejects import TableError, write_rejects
 from training.trainer.false_negatives import image_hashes
 
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.training.tables.test_items import SCHEMA, png
-from training.tables.items import TableError
+from training.tables.rejects import TableError
 from training.tables.validate import validate
 
 

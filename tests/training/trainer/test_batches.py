@@ -10,7 +10,8 @@ from PIL import Image
 
 from modeling_notellm2.prompts_notellm2 import ItemError
 from tests.conftest import make_model
-from training.tables.items import ItemTable, PairTable
+from training.tables.items import ItemTable
+from training.tables.pairs import PairTable
 from training.trainer.batches import ItemCollator, Pair, PairCollator, PairDataset, drop_repeated_lines
 from training.trainer.sampling import DistinctItemsSampler, item_lengths
 

@@ -9,11 +9,12 @@ from transformers import AutoModel, AutoProcessor
 from modeling_notellm2 import Precision
 from tests.support.models import make_model
 from training.evaluation.embed import embed, evaluate
-from training.run import load_data, run
+from training.run import run
 from training.trainer import arguments as arguments_module
 from training.trainer.adapters import base_of, load_trainable
 from training.trainer.arguments import ModelArguments, NoteLLM2TrainingArguments, parse
 from training.trainer.batches import ItemCollator
+from training.trainer.data import load_data
 from training.trainer.vision_cache import VisionCache
 
 

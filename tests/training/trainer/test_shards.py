@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor, TrainerCallback
 
 from tests.training.trainer.test_losses import in_processes, item, undropped_model
 from training.evaluation.embed import embed
-from training.tables.items import PairTable
+from training.tables.pairs import PairTable
 from training.trainer.adapters import save_merged, with_lora
 from training.trainer.arguments import ModelArguments, NoteLLM2TrainingArguments
 from training.trainer.batches import ItemCollator, PairCollator, PairDataset

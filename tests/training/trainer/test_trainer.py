@@ -18,11 +18,12 @@ from transformers import AutoModel, AutoProcessor
 
 from tests.support.models import QFORMER, make_model
 from training.evaluation.embed import evaluate_in_training
-from training.run import load_data, run
+from training.run import run
 from training.trainer.adapters import load_trainable
 from training.trainer.arguments import ModelArguments, parse
 from training.trainer.batches import ItemCollator, PairCollator, PairDataset
 from training.trainer.checkpoints import checkpoint_to_resume, mark_whole, newest_checkpoint
+from training.trainer.data import load_data
 from training.trainer.sampling import DistinctItemsSampler
 from training.trainer.trainer import NoteLLM2Trainer
 

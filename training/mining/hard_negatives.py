@@ -1,0 +1,116 @@
+"""Near items that are no partners: which of a query's neighbours may be its negatives, and a pair table with them.
+
+A neighbour as near as the target is likely an unmarked positive, so a ceiling on the similarity, relative to the target's,
+keeps it out (as in NV-Retriever, arXiv 2407.15831).
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from training.tables.files import atomic_write
+from training.tables.items import ItemTable
+from training.tables.pairs import MatchedPairs
+from training.trainer.false_negatives import KnownPositives
+
+
+BLOCK = 4096
+"""Pairs handled at once."""
+EXACT = 100_000
+"""So many candidates are searched in full; more through inverted lists."""
+
+
+@dataclass(frozen=True)
+class Exclusions:
+    """What is no negative of a pair: known positives of its query, and items that look or read as one of the two."""
+
+    positives: KnownPositives
+    image_hashes: np.ndarray
+    text_hashes: np.ndarray
+
+    def allowed(self, pairs: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """Which of the candidates (m, k) of the pairs (m, 2) may be negatives: bool (m, k)."""
+        allowed = ~self.positives.contains(pairs[:, :1], candidates)
+        for member in (pairs[:, :1], pairs[:, 1:]):
+            allowed &= candidates != member
+            for hashes in (self.image_hashes, self.text_hashes):
+                allowed &= (hashes[candidates] != hashes[member]) | (hashes[member] < 0)
+        return allowed
+
+
+def mine_negatives(
+    embeddings: np.ndarray,
+    pairs: np.ndarray,
+    exclusions: Exclusions,
+    negatives: int,
+    ceiling: float = 0.95,
+    neighbours: int = 100,
+) -> Iterator[np.ndarray]:
+    """Negatives of each pair, in blocks of the pairs' order.
+
+    Args:
+        embeddings: (items, d) float32 of unit length.
+        pairs: (m, 2) integer positions of query and target.
+        negatives: columns wanted.
+        ceiling: highest similarity to the query as a share of the target's. Below zero, the same distance under it.
+        neighbours: nearest candidates that are considered.
+
+    Yields:
+        (block, negatives) int32 positions, nearest to the query first, -1 where there are too few.
+    """
+    candidates = np.unique(pairs)
+    index = _build_index(embeddings[candidates])
+    for start in tqdm(range(0, len(pairs), BLOCK), desc="Mining negatives", unit="block"):
+        block = pairs[start : start + BLOCK]
+        queries, of_query = np.unique(block[:, 0], return_inverse=True)
+        scores, nearest = index.search(embeddings[queries], min(neighbours, len(candidates)))
+        scores, near = scores[of_query], candidates[nearest][of_query]
+        target = (embeddings[block[:, 0]] * embeddings[block[:, 1]]).sum(1, keepdims=True)
+        usable = exclusions.allowed(block, near) & (nearest[of_query] >= 0)
+        usable &= scores <= target - (1 - ceiling) * np.abs(target)
+        chosen = np.full((len(block), negatives), -1, dtype=np.int32)
+        rank = usable.cumsum(1) - 1
+        rows, columns = np.nonzero(usable & (rank < negatives))
+        chosen[rows, rank[rows, columns]] = near[rows, columns]
+        yield chosen
+
+
+def _build_index(vectors: np.ndarray) -> faiss.Index:
+    """Inner products, exact for few vectors; for many, 4 sqrt(n) inverted lists of which 32 are looked at."""
+    if len(vectors) <= EXACT:
+        index = faiss.IndexFlatIP(vectors.shape[1])
+    else:
+        index = faiss.index_factory(
+            vectors.shape[1], f"IVF{int(4 * len(vectors) ** 0.5)},Flat", faiss.METRIC_INNER_PRODUCT
+        )
+        index.train(vectors)
+        index.nprobe = 32
+    index.add(vectors)
+    return index
+
+
+def write_pairs(
+    matched: MatchedPairs, items: ItemTable, mined: Iterator[np.ndarray], negatives: int, output: Path
+) -> int:
+    """Write the usable pairs' rows, all columns, with their negatives as ids; returns the number of negatives."""
+    names = [f"negative_{number + 1}" for number in range(negatives)]
+    columns = [name for name in matched.table.column_names if name not in names]
+    writer, start, count = None, 0, 0
+    with atomic_write(output) as place, ExitStack() as stack:
+        for block in mined:
+            table = matched.table.take(matched.rows[start : start + len(block)], columns)
+            start += len(block)
+            count += int((block >= 0).sum())
+            for name, column in zip(names, block.T, strict=True):
+                positions = pa.array(column, mask=column < 0)
+                table = table.append_column(name, items.item_ids.column.take(positions).cast(pa.string()))
+            writer = writer or stack.enter_context(pq.ParquetWriter(place, table.schema))
+            writer.write_table(table)
+    return count

@@ -220,7 +220,7 @@ class _Blocks(Dataset[PreparedBlock]):
         return self.rows.prepare(self.encoder, block, self.plan.block_range(block))
 
 
-def _as_it_is(block: PreparedBlock) -> PreparedBlock:
+def _as_it_is(block: Any) -> Any:
     return block
 
 

@@ -337,7 +337,7 @@ def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto"
     except CellError as error:
         raise ValueError(f"{path}: {error}.") from error
     block = encoder.embed(encoder.prepare(0, [(Place(item["item_id"] or path.stem, path.name, 0), item)]))
-    if block.rejects:
+    if not block.item_ids:
         raise ValueError(f"{path}: {block.rejects[0].reason}.")
     if visual and not block.has_image[0]:
         raise ValueError(f"{path}: this index holds visual embeddings and the item has no image.")

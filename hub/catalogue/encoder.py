@@ -158,7 +158,7 @@ class ItemEncoder:
             embeddings[places_now], visual[places_now] = self._embed_batch(batch)
             first += len(places_now)
         back = np.argsort(block.order)
-        finite = np.isfinite(embeddings).all(1) & np.isfinite(visual).all(1)
+        finite = np.isfinite(np.concatenate([embeddings, visual], axis=1)).all(axis=1).reshape(-1)
         places = [block.places[at] for at in back]
         lost = [
             place.rejected(f"the model's embedding is not finite in {self.dtype}")
@@ -192,9 +192,10 @@ class ItemEncoder:
                 "attention_mask": pad_sequence([torch.ones_like(of_item) for of_item in ids], **padding),
                 "num_images": torch.tensor(counts),
             }
-            if sum(counts):
-                batch["pixel_values"] = block.pixel_values[image : image + sum(counts)]
-                image += sum(counts)
+            total = sum(counts)
+            if block.pixel_values is not None and total:
+                batch["pixel_values"] = block.pixel_values[image : image + total]
+                image += total
             yield batch
 
     @torch.inference_mode()

@@ -75,13 +75,13 @@ def encode_with_ray(
     pipeline = (
         ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))
         .map(
-            Preparing,
+            Preparing,  # type: ignore[arg-type]  # Ray takes classes of actors
             fn_constructor_args=(bare, rows, plan),
             num_cpus=1,
             compute=ray.data.ActorPoolStrategy(size=max(1, options.prepare_actors)),
         )
         .map(
-            Embedding,
+            Embedding,  # type: ignore[arg-type]
             fn_constructor_args=(bare, options.cpus),
             num_cpus=options.cpus,
             num_gpus=options.gpus,
@@ -95,7 +95,7 @@ def encode_with_ray(
 def _connect(options: RayOptions) -> None:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; else it warns
-        ray.init(options.address, include_dashboard=False, logging_level="warning")
+        ray.init(options.address, include_dashboard=False, logging_level=logging.WARNING)
     if options.address is not None:
         return  # a cluster may grow
     there = ray.cluster_resources()

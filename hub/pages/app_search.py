@@ -86,10 +86,10 @@ class ItemSearch:
         except CellError as error:
             raise QueryError(str(error)) from error
         block = self.encoder.embed(self.encoder.prepare(0, [(Place("query", "query", 0), query)]))
-        if block.rejects:
+        if not block.item_ids:
             raise QueryError(block.rejects[0].reason)
-        seen = block.visual_embeddings is not None and block.has_image[0]
-        return Query(block.embeddings[0], block.visual_embeddings[0] if seen else None)
+        visual = block.visual_embeddings
+        return Query(block.embeddings[0], visual[0] if visual is not None and block.has_image[0] else None)
 
     def search(self, query: Query, weight: float, k: int, leave_out: str | None = None) -> list[Hit]:
         """The `k` items with the highest score, best first; of equal ones the earlier in the catalogue.
@@ -100,12 +100,12 @@ class ItemSearch:
         """
         many = len(self.positions) if len(self.positions) <= COMPARE_ALL else max(CANDIDATES, 20 * k)
         lists = [self.index.search(query.embedding[None], many)[0]]
-        visual_index = None if query.visual is None else self.visual_index
-        if visual_index is not None:
+        visual_index = self.visual_index
+        if visual_index is not None and query.visual is not None:
             lists += [visual_index.search(query.visual[None], many)[0]]
         ids = list({near.item_id for found in lists for near in found} - {leave_out})
         multimodal, rows = _similarities(self.index, query.embedding, ids)
-        if visual_index is None:
+        if visual_index is None or query.visual is None:
             visual, score = None, multimodal
         else:
             visual, _ = _similarities(visual_index, query.visual, ids)
@@ -159,8 +159,8 @@ def open_search(
     Raises:
         ValueError: for a model, table or index that can't be used, or that don't belong together.
     """
-    folder = find_model(model, None)
     loaded, _ = load_items(items, split, check_images=False, encoding=encoding)
+    folder = find_model(model, None)
     precision = choose_precision(dtype, device)
     print(f"Precision: {precision}")
     if index is None:

@@ -101,7 +101,8 @@ class Rejects:
 
     def first(self) -> Reject | None:
         """The first row of all, if there is one."""
-        return next(iter(min(self.groups, key=lambda group: group.rows[0])), None) if self.groups else None
+        groups = sorted(self.groups, key=lambda group: int(group.rows[0]))
+        return next(iter(groups[0])) if groups else None
 
     def between(self, start: int, stop: int) -> list[Reject]:
         """Those of rows `start` to `stop`, by row."""

@@ -148,7 +148,8 @@ def text_settings(model: PreTrainedModel, check: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {"text_class": class_name}
     if check and all(parameter.device.type != "meta" for parameter in model.parameters()):
         call = try_language_model(model)
-        check_rebuilt(model, class_name)
+        if not getattr(model, "is_quantized", False):  # its weights are packed
+            check_rebuilt(model, class_name)
         settings |= {"text_inputs": call.inputs, "padding_side": call.padding_side}
         if call.positions != takes_positions(model):
             settings["text_positions"] = call.positions
@@ -171,7 +172,11 @@ def check_no_encoder(config: PreTrainedConfig) -> None:
 
 
 def _config_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in ("revision", "token", "subfolder", "cache_dir") if name in kwargs}
+    return {
+        name: kwargs[name]
+        for name in ("revision", "token", "subfolder", "cache_dir", "trust_remote_code")
+        if name in kwargs
+    }
 
 
 @dataclass(frozen=True)
@@ -259,7 +264,8 @@ def fit_token_embeddings(model: PreTrainedModel, tokens: ItemTokens) -> None:
 def _check_vocabulary(model: PreTrainedModel, tokens: ItemTokens, rows: int) -> None:
     """Raises ValueError where fresh tokens would take rows that another vocabulary than the tokenizer's uses."""
     config = model.config.get_text_config()
-    used = {getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special = [getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")]
+    used = {number for ids in special for number in (ids if isinstance(ids, list) else [ids])}
     if tokens.fresh and (
         2 * tokens.vocabulary < rows or not used.isdisjoint({tokens.image_id, tokens.visual_embedding_id})
     ):

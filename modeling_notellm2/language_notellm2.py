@@ -169,7 +169,8 @@ def try_language_model(model: PreTrainedModel) -> LanguageCall:
     ids = trial_ids(model)
     training = model.training
     try:
-        with torch.no_grad():
+        devices = [ids.device] if ids.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
             model.eval()
             own = own_states(model, ids[:1])
             call = _call_like(model, ids[:1], own)
@@ -252,14 +253,16 @@ def _tried(model: PreTrainedModel, call: LanguageCall, ids: torch.Tensor, own: t
     embeds = model.get_input_embeddings()(batch)
     states = call_language_model(model, call, batch, embeds, mask).last_hidden_state
     name, most = type(model).__name__, _tolerance(model)
-    if differ(states[1, :end], states[0, :end], most):
+    right = not differ(states[3, :end], own[0, :end], most)
+    left = not differ(states[2, length - end :], own[0, :end], most)
+    alike = (left or right) and not differ(states[0], own[0], most)
+    beginning = own[0, :end] if alike else own_states(model, ids[:1, :end])[0]
+    if differ(states[1, :end], states[0, :end], most) or differ(own[0, :end], beginning, most):
         raise UnusableModelError(
             f"`text` is a {model.config.model_type!r} model ({name}) that reads ahead: a later token changes the states of "
             f"earlier ones. {EXPECTED}"
         )
-    right = not differ(states[3, :end], own[0, :end], most)
-    left = not differ(states[2, length - end :], own[0, :end], most)
-    if not (left or right) or differ(states[0], own[0], most):
+    if not alike:
         raise UnusableModelError(
             f"{name} makes other states of a text in a padded batch than alone, on either side of padding, so embeddings "
             f"would depend on their neighbours. {EXPECTED}"

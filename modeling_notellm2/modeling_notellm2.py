@@ -211,7 +211,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             parts = {
                 name: getattr(getattr(self, name), rules, None) or () for name in ("vision_model", "language_model")
             }
-            setattr(self, rules, {f"{name}*{pattern}" for name, patterns in parts.items() for pattern in patterns})
+            setattr(self, rules, {f"{name}.+{pattern}" for name, patterns in parts.items() for pattern in patterns})
 
     def initialize_weights(self) -> None:
         """Each backbone by its own rules first, as when it is loaded alone; then what is new.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -43,6 +45,7 @@ SIZES: list[tuple[str, int]] = [
     (r".*(key_value|kv).*heads|kv_n_heads|num_query_groups", 2),
     (r".*heads?|n_groups|mamba_ngroups|mamba_n_groups", HEADS),
     (r"index_topk", 32),
+    (r"(mamba_)?chunk_size", HEAD_WIDTH),
     (r".*(per_tok|per_token|top_?k|moe_k|num_experts_per.*)", 2),
     (r"topk_group|n_group|num_expert_group|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
     (r".*experts?(_num)?", HEADS),
@@ -100,11 +103,21 @@ def multimodal_families() -> list[str]:
 
 
 def tiny_model(family: str) -> PreTrainedModel:
-    """A family's language model with its head, or its model of pictures and text, random and in eval mode."""
-    config = shrunk(CONFIG_MAPPING[family])
+    """A family's language model with its head, or its model of pictures and text, random and in eval mode.
+
+    Where the whole of a composite model can't be made so small, its text part alone.
+    """
+    config_class = CONFIG_MAPPING[family]
     auto = AutoModelForCausalLM if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
     torch.manual_seed(0)
-    model = auto.from_config(config).eval()
+    try:
+        model = auto.from_config(shrunk(config_class)).eval()
+    except Exception:
+        text = type(config_class().get_text_config())
+        if text is config_class:
+            raise
+        auto = AutoModelForCausalLM if text in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+        model = auto.from_config(shrunk(text)).eval()
     strengthen(model)
     return model
 

@@ -5,18 +5,19 @@
 writes the table of all families of the installed transformers: right in every check, or refused with which sentence.
 """
 
+import argparse
 import contextlib
 import logging
 import signal
-import sys
 import tempfile
-import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
@@ -43,21 +44,30 @@ class Finding:
     note: str = ""
 
 
-class Wrong(Exception):  # noqa: N818
+class Wrong(AssertionError):  # noqa: N818
     """A check that does not hold."""
+
+
+class TooLong(BaseException):
+    """A family is too slow to be tried; no `except Exception` of a library may take it."""
 
 
 def examine(family: str, folder: Path) -> Finding:
     """Makes a tiny model of the family, saves it with a tokenizer, joins the folder, and tries everything."""
     try:
-        source = tiny_model(family)
-    except Exception as error:
-        return Finding("untried", f"no tiny model: {_one_line(error)}")
+        with time_limit(SECONDS):
+            return _examine(family, folder)
+    except TooLong:
+        return Finding("untried", f"takes more than {SECONDS} seconds")
+
+
+def _examine(family: str, folder: Path) -> Finding:
     try:
+        source = tiny_model(family)
         source.save_pretrained(folder / "text")
-        make_tokenizer().save_pretrained(folder / "text")
     except Exception as error:
-        return Finding("untried", f"transformers can't save it: {_one_line(error)}")
+        return Finding("untried", f"transformers makes or saves no tiny model: {_one_line(error)}")
+    make_tokenizer().save_pretrained(folder / "text")
     try:
         model = join(str(folder / "text"))
     except ValueError as error:
@@ -66,10 +76,8 @@ def examine(family: str, folder: Path) -> Finding:
         return Finding("wrong", f"joining: {_one_line(error)}")
     try:
         check(model, source, folder)
-    except Wrong as error:
-        return Finding("wrong", str(error))
     except Exception as error:
-        return Finding("wrong", f"{_one_line(error)}")
+        return Finding("wrong", _one_line(error))
     return Finding("right", unusual(model))
 
 
@@ -222,37 +230,78 @@ def _check_gradients(model: NoteLLM2Model, batch: dict) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, (ValueError, Wrong)) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())
 
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise TimeoutError(f"longer than {seconds} seconds")
+    """Ends what takes more seconds of this process's own time, with `TooLong`."""
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    def late(*_: object) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def findings(names: list[str]) -> Iterator[tuple[str, Finding]]:
+    """Each family's finding, as it is made."""
+    for family in names:
+        with tempfile.TemporaryDirectory() as folder:
+            finding = examine(family, Path(folder))
+        yield family, Finding(finding.status, finding.note.replace(folder, "DIR"))
+
+
+def table(rows: dict[str, Finding]) -> str:
+    """The findings as Markdown: a row for each family, with how it is called or why it is refused."""
+    counts = Counter(finding.status for finding in rows.values())
+    lines = [
+        "# LLM families as `text`",
+        "",
+        f"Tried with transformers {transformers.__version__} on tiny random models of all its causal language models and of all",
+        "its models of pictures and text: "
+        + ", ".join(f"{counts[status]} {status}" for status in sorted(counts))
+        + ".",
+        "",
+        "*right*: alone as in a batch on every side of padding that it allows, causal, the family's own states for a text,",
+        "pictures matter, gradients (recomputed too), saved and loaded, in bfloat16 and float16. *refused*: joining ends with",
+        "the sentence of the note, before anything is saved. *untried*: no tiny model could be made here; joining tries it.",
+        "",
+        "Written by `python -m tests.support.family_checks --output hub/backbones/FAMILIES.md`.",
+        "",
+        "| family | status | note |",
+        "| --- | --- | --- |",
+    ]
+    for family, finding in sorted(rows.items()):
+        note = finding.note.partition(" A decoder-only language model is expected")[0].replace("|", "\\|")
+        lines.append(f"| {family} | {finding.status} | {note[:200]} |")
+    return "\n".join(lines) + "\n"
+
+
+def rows_of(text: str) -> dict[str, str]:
+    """Family and status of each row of a table."""
+    cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    return {row[0].removeprefix("| "): row[1] for row in cells if len(row) > 2 and row[0] != "| ---"}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", help="model types; all if left out")
+    parser.add_argument("--output", type=Path, help="Markdown file to write the table to")
+    options = parser.parse_args()
     logging.disable(logging.WARNING)
-    groups = {"causal": causal_families(), "multimodal": multimodal_families()}
-    names = groups.get(sys.argv[1], sys.argv[1:]) if sys.argv[1:] else [*groups["causal"], *groups["multimodal"]]
-    for family in names:
-        start = time.time()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                with time_limit(SECONDS):
-                    finding = examine(family, Path(folder))
-            except TimeoutError as error:
-                finding = Finding("wrong", str(error))
-        print(f"{family:26} {finding.status:8} {time.time() - start:5.1f}s {finding.note[:400]}", flush=True)
+    rows = {}
+    for family, finding in findings(options.families or causal_families() + multimodal_families()):
+        rows[family] = finding
+        print(f"{family:26} {finding.status:8} {finding.note[:300]}", flush=True)
+    if options.output:
+        options.output.write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

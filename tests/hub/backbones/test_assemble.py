@@ -79,6 +79,7 @@ def test_a_folder_without_a_tokenizer_is_refused(family, halves, tmp_path):
 def test_another_llms_tokenizer_is_refused():
     """Its vocabulary is smaller: <IMG> would get the row of a token that the LLM has trained."""
     vision, text = make_backbones(vocab_size=1000)
+    text.config.eos_token_id = [2, 3]  # as many chat models have it
     model = NoteLLM2Model.from_vision_text_pretrained(vision, text)
     with pytest.raises(ValueError, match="260 tokens, but the LLM has 1000 rows"):
         NoteLLM2Processor.from_vision_text_pretrained(make_image_processor(), make_tokenizer(), model=model)

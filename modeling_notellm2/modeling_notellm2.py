@@ -5,7 +5,7 @@ at the read-out positions -> gate with the vision encoder's summary feature (lat
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -262,7 +262,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         >>> processor = NoteLLM2Processor.from_vision_text_pretrained(vision, text, model=model)
         ```
         """
-        unknown = set(config_overrides) - set(NoteLLM2Config.__dataclass_fields__)
+        unknown = set(config_overrides) - {field.name for field in fields(NoteLLM2Config)}
         if unknown:
             raise ValueError(f"Unknown NoteLLM2Config fields: {', '.join(sorted(unknown))}.")
         text_kwargs = text_kwargs or {}

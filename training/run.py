@@ -29,7 +29,7 @@ from training.tables.files import atomic_write, write_json
 from training.tables.model_folder import loading
 from training.tables.rejects import write_rejects
 from training.tables.validate import validate
-from training.trainer.adapters import base_of, load_trainable, save_merged
+from training.trainer.adapters import load_trainable, save_merged, unwrap_adapter
 from training.trainer.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
 from training.trainer.batches import (
     ItemCollator,
@@ -63,7 +63,7 @@ def save_model(trainer: NoteLLM2Trainer, folder: Path, merge: bool) -> None:
         saved = place.with_name("adapter") if merge else place
         trainer.save_model(str(saved))  # gathers weights that are spread over processes; saves the processor too
         if merge and first:
-            save_merged(saved, place, base_of(trainer.model).dtype)
+            save_merged(saved, place, unwrap_adapter(trainer.model).dtype)
             trainer.processing_class.save_pretrained(place)
         if first:
             (place / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths
@@ -82,7 +82,7 @@ def make_trainer(
 ) -> NoteLLM2Trainer:
     """The trainer with its batches, masks and evaluation."""
     output = Path(arguments.output_dir)
-    collate = ItemCollator(processor, features, base_of(model).dtype, output / "rejects.jsonl")
+    collate = ItemCollator(processor, features, unwrap_adapter(model).dtype, output / "rejects.jsonl")
     masks = (options.mask_known_positives, options.mask_same_image, options.mask_same_text)
     workers = arguments.dataloader_num_workers
     image_tokens = processor.num_query_tokens if processor.early_fusion else 0
@@ -119,7 +119,7 @@ def vision_features(
     root = Path(tables.vision_cache_dir) if tables.vision_cache_dir else None
     return once_per_machine(
         lambda: cache_vision_features(
-            base_of(model),
+            unwrap_adapter(model),
             processor,
             data.items,
             root,

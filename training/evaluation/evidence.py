@@ -66,7 +66,7 @@ from training.reporting.evaluation_tables import as_markdown
 from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.files import write_json, write_text
 from training.tables.items import ItemTable
-from training.trainer.adapters import base_of
+from training.trainer.adapters import unwrap_adapter
 from training.trainer.batches import ItemCollator
 from training.trainer.vision_cache import VisionCache
 
@@ -156,7 +156,7 @@ def evaluate_model(
     options = options or MeasureOptions()
     facts = item_facts(items, processor.limits, popularity, labels)
     if embedded is None:
-        collate = ItemCollator(processor, features, base_of(model).dtype, rejects)
+        collate = ItemCollator(processor, features, unwrap_adapter(model).dtype, rejects)
         embedded = views(model, collate, items, pairs, batch_size, num_workers)
     report: dict[str, Any] = {"metrics": {}, "slices": [], "examples": None, "comparison": None}
     per_query: dict[str, dict[str, PerQuery]] = {}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from modeling_notellm2.inputs_notellm2 import last_position, positions_of
 from modeling_notellm2.prompts_notellm2 import WORDINGS, build_pieces
-from training.trainer.adapters import base_of
+from training.trainer.adapters import unwrap_adapter
 
 
 KINDS = ("visual", "text", "other")
@@ -68,7 +68,7 @@ def measure_saliency(
     """
     if min(len(pairs), batch_pairs) < 2:
         raise ValueError(f"{len(pairs)} pair(s), {batch_pairs} in a batch, have no negatives; at least two are needed.")
-    base = base_of(model)
+    base = unwrap_adapter(model)
     totals = {name: _Means() for name in ("multimodal", "visual")}
     with _explaining(model, base):
         for batch in _batches(pairs, batch_pairs):

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
-from training.experiments.findings_runs import BASELINES, FORMS, measure_run
+from training.experiments.findings_runs import BASELINES, ITEM_TRANSFORMS, measure_run
 from training.tables.commands import DONE, OptionParser, command
 from training.tables.files import atomic_write
 
@@ -33,7 +33,7 @@ class Experiment:
         sets: data sets, of `FindingsConfig.sets`.
         seeds: how many, counted from 0.
         variants: of `FindingsConfig.variants`, and baselines.
-        items: what the items are given of their texts, of `training.experiments.findings_runs.FORMS`.
+        items: what the items are given of their texts, of `training.experiments.findings_runs.ITEM_TRANSFORMS`.
     """
 
     name: str
@@ -98,7 +98,7 @@ def read_config(path: Path) -> FindingsConfig:
         raise ValueError(f"{path}: {error!r}; it has the fields {known}, all but training needed.") from error
     for experiment in config.experiments:
         unknown = {*experiment.variants} - {*config.variants, *BASELINES}
-        unknown |= {*experiment.sets} - {*config.sets} | {experiment.items} - {*FORMS}
+        unknown |= {*experiment.sets} - {*config.sets} | {experiment.items} - {*ITEM_TRANSFORMS}
         if unknown:
             raise ValueError(f"{path}: experiment {experiment.name!r} names unknown {', '.join(sorted(unknown))}.")
     return config

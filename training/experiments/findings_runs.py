@@ -26,7 +26,7 @@ from training.evaluation.embed import evaluate, measure
 from training.evaluation.run_figures import measure_baselines
 from training.run import make_trainer
 from training.tables.items import ItemTable
-from training.trainer.adapters import base_of, with_lora
+from training.trainer.adapters import unwrap_adapter, with_lora
 from training.trainer.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
 from training.trainer.batches import cache_vision_features
 from training.trainer.data import RunData, load_data
@@ -60,7 +60,11 @@ def telling(rows: Rows) -> Rows:
     return [row | {"content": row["subcategory"].replace("-", " ")} for row in rows]
 
 
-FORMS: dict[str, Callable[[Rows], Rows]] = {"as they are": as_they_are, "blanked": blanked, "telling": telling}
+ITEM_TRANSFORMS: dict[str, Callable[[Rows], Rows]] = {
+    "as they are": as_they_are,
+    "blanked": blanked,
+    "telling": telling,
+}
 
 
 def measure_run(
@@ -78,7 +82,7 @@ def measure_run(
         base: folder with the pretrained halves.
         folder: with items.parquet, train_pairs.parquet, test_pairs.parquet.
         settings: of the variant; see `training.experiments.findings.FindingsConfig`.
-        form: of `FORMS`.
+        form: of `ITEM_TRANSFORMS`.
         training: options of training/run.py.
     """
     settings = dict(settings)
@@ -96,7 +100,7 @@ def measure_run(
 def write_form(folder: Path, form: str, images: bool, scratch: Path) -> dict[str, str]:
     """The data set's tables, items in the form asked for, as options of training/run.py."""
     table = pq.read_table(folder / "items.parquet")
-    rows = FORMS[form](table.to_pylist())
+    rows = ITEM_TRANSFORMS[form](table.to_pylist())
     if not images:
         rows = [row | {"image": None} for row in rows]
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), scratch / "items.parquet")
@@ -163,7 +167,7 @@ def vision_features(
 ) -> VisionCache:
     """What the frozen vision encoder makes of the pictures, computed once for all runs."""
     root = Path(tables.vision_cache_dir) if tables.vision_cache_dir else None
-    return cache_vision_features(base_of(model), processor, items, root, dtype=arguments.precision.dtype)
+    return cache_vision_features(unwrap_adapter(model), processor, items, root, dtype=arguments.precision.dtype)
 
 
 def measure_baseline(

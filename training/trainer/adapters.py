@@ -132,7 +132,7 @@ def _train_in_full(model: PeftModel, names: list[str]) -> None:
         model.get_parameter(PREFIX + name).requires_grad_(True)
 
 
-def base_of(model: nn.Module) -> NoteLLM2Model:
+def unwrap_adapter(model: nn.Module) -> NoteLLM2Model:
     """The NoteLLM-2 model itself, without an adapter around it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 

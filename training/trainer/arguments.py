@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -234,7 +234,7 @@ def _yaml_options(path: Path, parser: OptionParser) -> list[str]:
         parser.error(f"{path}: {error}")
     if not isinstance(settings, dict):
         parser.error(f"{path}: expected lines of 'option: value'.")
-    known = {action.dest for action in parser._actions}
+    known = {option.name for kind in parser.dataclass_types for option in fields(kind) if option.init}
     unknown = [str(key) for key in settings if key not in known]
     if unknown:
         parser.error(f"{path}: unknown option {', '.join(unknown)}; see `python training/run.py --help`.")

@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from modeling_notellm2 import NoteLLM2Model
-from training.trainer.adapters import base_of, save_adapter, save_gathered
+from training.trainer.adapters import save_adapter, save_gathered, unwrap_adapter
 from training.trainer.arguments import NoteLLM2TrainingArguments
 from training.trainer.batches import PairDataset
 from training.trainer.checkpoints import LossSoFar, WholeCheckpoints
@@ -58,7 +58,7 @@ class NoteLLM2Trainer(Trainer):
     ):
         self.monitor = TrainingMonitor()  # first: a `model_init` is called while Trainer's own __init__ runs
         super().__init__(train_dataset=train_dataset, **arguments)
-        base = base_of(self.model)
+        base = unwrap_adapter(self.model)
         self._check_engine(base.config.freeze_vision)
         if self.is_fsdp_enabled:
             self._plan_shards(base)
@@ -122,7 +122,7 @@ class NoteLLM2Trainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model, as for each trial of a search; the log is about it from now on."""
         model = super().call_model_init(trial)
-        self.monitor.watch(base_of(model))
+        self.monitor.watch(unwrap_adapter(model))
         return model
 
     def compute_loss(
@@ -160,7 +160,7 @@ class NoteLLM2Trainer(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         item_index, num_pairs = inputs.pop("item_index"), int(inputs.pop("num_pairs"))
-        base = base_of(self.model)
+        base = unwrap_adapter(self.model)
         # In a batch that is only added to others, no chunk is exchanged: Trainer's own `no_sync` is around it.
         last_batch = self.accelerator.sync_gradients
         cache = GradCache(

@@ -14,7 +14,7 @@ from transformers import AutoModel, set_seed
 
 from training.experiments import findings, findings_table
 from training.experiments.findings import Experiment, FindingsConfig, plan, read_config, read_results, run_all
-from training.experiments.findings_runs import FORMS, blanked, build, telling
+from training.experiments.findings_runs import ITEM_TRANSFORMS, blanked, build, telling
 from training.experiments.findings_table import estimate, group, render
 
 
@@ -209,7 +209,7 @@ def test_forms_of_the_items():
         {"title": f"t{n}", "topics": ["a"], "content": None, "image": n, "subcategory": "animal-bird"}
         for n in range(400)
     ]
-    assert FORMS["as they are"](rows) == rows
+    assert ITEM_TRANSFORMS["as they are"](rows) == rows
     short = blanked(rows)
     assert short == blanked(rows)
     bare = [row for row in short if row["title"] is None]

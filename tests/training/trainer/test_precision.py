@@ -11,7 +11,7 @@ from tests.support.models import make_model
 from training.evaluation.embed import embed, evaluate
 from training.run import run
 from training.trainer import arguments as arguments_module
-from training.trainer.adapters import base_of, load_trainable
+from training.trainer.adapters import load_trainable, unwrap_adapter
 from training.trainer.arguments import ModelArguments, NoteLLM2TrainingArguments, parse
 from training.trainer.batches import ItemCollator
 from training.trainer.data import load_data
@@ -59,7 +59,7 @@ def test_the_frozen_encoder_trains_in_the_precision_of_the_run(options, monkeypa
 
     def load_and_watch(*arguments):
         model = loaded["model"] = load_trainable(*arguments)
-        encoder = base_of(model).vision_model
+        encoder = unwrap_adapter(model).vision_model
         for part in encoder.modules():
             if isinstance(part, torch.nn.Linear):
                 part.register_forward_hook(lambda m, i, output: seen[model.training].add(output.dtype))

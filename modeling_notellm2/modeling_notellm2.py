@@ -291,7 +291,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         """All parts in one dtype. An LLM that has it already stays as it is: some weights of its may be in float32."""
         for part in self.children():
             if part is not self.language_model or part.dtype != dtype:
-                nn.Module.to(part, dtype)
+                _cast(part, dtype)
         for parameter in self.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
         self.config.dtype = dtype
@@ -492,6 +492,15 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             output.visual_loss = visual_loss
             output.loss = (multimodal * multimodal_loss + visual * visual_loss) / (visual + multimodal)
         return output
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """As `Module.to(dtype)`, which would cut complex buffers (Llama 4's rotations) to their real parts."""
+    rotations = {name: buffer for name, buffer in model.named_buffers() if buffer.is_complex()}
+    nn.Module.to(model, dtype)
+    for name, buffer in rotations.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, buffer)
 
 
 def _unsqueeze_scalars(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:

@@ -15,6 +15,9 @@ from PIL import Image
 from .prompts_notellm2 import ItemError
 
 
+VISION_INPUTS = ("pixel_values", "image_sizes")
+"""The model's inputs that hold pictures; each has a row for every image of the batch."""
+
 # Options of image processors that cut a picture into several. A Q-Former reads one picture whole.
 SPLITTING = ("do_image_splitting", "do_pan_and_scan", "crop_to_patches")
 NO_PIXELS = (

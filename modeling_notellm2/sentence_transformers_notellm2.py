@@ -24,7 +24,7 @@ except ImportError as error:
 logger = logging.get_logger(__name__)
 
 OUTPUTS = ("multimodal", "visual")
-MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values")
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
 
 
@@ -121,7 +121,7 @@ class NoteLLM2ItemEncoder(InputModule):
 
         Returns:
             The model's inputs. `num_images` is named `num_images_per_sample`, by which the losses with a gradient cache
-            divide `pixel_values` among the items of their mini-batches.
+            divide `pixel_values` and `image_sizes` among the items of their mini-batches.
 
         Raises:
             ValueError: for an item that can't be used, naming its item_id and its row in the batch (`encode` sorts by length).

@@ -8,7 +8,7 @@ may be tokens, with a class token before them or not, or a feature map with its 
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,26 +148,49 @@ def vision_width(
         ValueError: for an encoder that takes or returns something else than expected.
     """
     with torch.device("meta"):
-        probe = build_vision_encoder(copy.deepcopy(vision_config)).eval()
-    parameters = inspect.signature(probe.forward).parameters
-    _check_inputs(type(probe).__name__, parameters)
-    channels = _first_of(vision_config, "num_channels", "in_channels", "in_chans", "in_chans_list") or 3
-    if parameters.keys().isdisjoint(READERS) or "aspect_ratio_ids" in parameters:
-        height, width = _picture_size(vision_config)
-        pixels = torch.empty(1, channels, height, width, dtype=probe.dtype, device="meta")
-        sizes = None
-    else:
-        probe = build_vision_encoder(copy.deepcopy(vision_config)).eval() if encoder is None else encoder
-        side = 2 * (_first_of(vision_config, "spatial_merge_size", "pooling_kernel_size", "merge_size") or 2)
-        values = channels * vision_config.patch_size**2
-        sizes = torch.tensor([[side, side]], device=probe.device)
-        if "spatial_shapes" not in parameters and "pixel_position_ids" not in parameters:
-            values *= _first_of(vision_config, "temporal_patch_size") or 1
-            sizes = torch.tensor([[1, side, side]], device=probe.device)
-        pixels = torch.zeros(1, side * side, values, dtype=probe.dtype, device=probe.device)
-    with torch.no_grad(), torch.device(pixels.device):
-        features = vision_features(probe, pixels, feature_layer, sizes)
-    return features.last_hidden_state.shape[-1]
+        unreal = build_vision_encoder(copy.deepcopy(vision_config)).eval()
+    name, parameters = type(unreal).__name__, inspect.signature(unreal.forward).parameters
+    _check_inputs(name, parameters)
+    probes: list[Callable[[], PreTrainedModel]] = [lambda: unreal] if _takes_pictures(parameters) else []
+    probes.append(lambda: build_vision_encoder(copy.deepcopy(vision_config)).eval() if encoder is None else encoder)
+    reason: Exception | None = None
+    for make in probes:
+        probe = make()
+        for pixels, sizes in _probe_inputs(probe, parameters):
+            try:
+                with torch.no_grad(), torch.device(pixels.device):
+                    return vision_features(probe, pixels, feature_layer, sizes).last_hidden_state.shape[-1]
+            except Exception as error:  # the encoder's own, of any kind, for inputs that it doesn't understand
+                reason = error
+    if isinstance(reason, ValueError) and EXPECTED in str(reason):
+        raise reason
+    raise ValueError(f"{name} can't be read as a vision encoder ({reason}). {EXPECTED}") from reason
+
+
+def _takes_pictures(parameters: Any) -> bool:
+    return parameters.keys().isdisjoint(READERS) or "aspect_ratio_ids" in parameters
+
+
+def _probe_inputs(encoder: PreTrainedModel, parameters: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """One empty picture as the encoder takes it; several for patches, which encoders take flat or not."""
+    config = encoder.config
+    channels = _first_of(config, "num_channels", "in_channels", "in_chans") or 3
+    like: dict[str, Any] = {"dtype": encoder.dtype, "device": encoder.device}
+    if _takes_pictures(parameters):
+        yield torch.zeros(1, channels, *_picture_size(config), **like), None
+        return
+    side = 2 * (_first_of(config, "spatial_merge_size", "pooling_kernel_size", "merge_size") or 2)
+    in_time = not {"grid_thw", "image_grid_thw"}.isdisjoint(parameters)
+    sizes = torch.tensor([[1, side, side] if in_time else [side, side]], device=encoder.device)
+    frames = (_first_of(config, "temporal_patch_size") or 1) if in_time else 1
+    patch = config.patch_size
+    shapes: list[tuple[int, ...]] = [
+        (channels * frames * patch**2,),
+        (2 * channels * patch**2,),
+        (channels, patch, patch),
+    ]
+    for shape in shapes:
+        yield torch.zeros(1, side * side, *shape, **like), sizes
 
 
 def _check_inputs(name: str, parameters: Any) -> None:
@@ -232,7 +255,8 @@ def _of_one_size(
         if feature_layer != -1 and not isinstance(outputs, torch.Tensor):
             tokens = outputs.hidden_states[feature_layer]
         leads = _leads_with_class_token(vision_model, tokens, pixel_values)
-        class_state, patches = (tokens[:, 0], tokens[:, 1:]) if leads else (class_state, tokens)
+        registers = getattr(vision_model.config, "num_register_tokens", 0) or 0
+        class_state, patches = (tokens[:, 0], tokens[:, 1 + registers :]) if leads else (class_state, tokens)
     has_pooled = isinstance(pooled, torch.Tensor) and pooled.shape[0] == images
     candidates = {
         "cls": None if class_state is None else class_state.flatten(1),
@@ -351,7 +375,8 @@ def _of_tiles(
     """Pictures as tiles `(n, tiles, c, h, w)` with their layout's id and number (Llama 3.2 Vision); `(n, c, h, w)` is one."""
     if pixel_values.dim() == 4:
         pixel_values = pixel_values.unsqueeze(1)
-    images, tiles = pixel_values.shape[:2]
+    images, tiles = len(pixel_values), vision_model.config.max_num_tiles
+    pixel_values = F.pad(pixel_values, (0, 0, 0, 0, 0, 0, 0, tiles - pixel_values.shape[1]))
     if sizes is None:
         sizes = torch.ones(images, 2, dtype=torch.long, device=pixel_values.device)
     mask = (torch.arange(tiles, device=sizes.device) < sizes[:, 1:]).long()
@@ -380,7 +405,7 @@ KNOWN_INPUTS = {*READERS, "merge_sizes", "pixel_attention_mask", "aspect_ratio_m
 def _need_patches(
     vision_model: PreTrainedModel, pixel_values: torch.Tensor, sizes: torch.Tensor | None, columns: int
 ) -> None:
-    if pixel_values.dim() != 3 or sizes is None or sizes.shape[-1] != columns:
+    if pixel_values.dim() not in (3, 5) or sizes is None or sizes.shape[-1] != columns:
         came = f"{tuple(pixel_values.shape)} with sizes {None if sizes is None else tuple(sizes.shape)}"
         raise ValueError(OTHER_PICTURES % (type(vision_model).__name__, "patches and their grid", came))
 

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_notellm2 import ItemError
 from modeling_notellm2.images_notellm2 import image_sources, load_image
+from modeling_notellm2.pixels_notellm2 import join_pictures
 from training.tables.items import Item, ItemTable
 from training.tables.model_folder import loading
 from training.tables.rejects import Reject, Rejects
@@ -45,7 +46,7 @@ class PreparedBlock:
         order: position of each of them among the items in table order.
         input_ids: token ids of each, unpadded.
         num_images: of each.
-        pixel_values: `(images, channels, height, width)` of all of them, or None.
+        pictures: what the model takes of the pictures of each batch, in their order; empty for a batch without any.
         rejects: rows left out so far.
     """
 
@@ -54,7 +55,7 @@ class PreparedBlock:
     order: list[int]
     input_ids: list[list[int]]
     num_images: list[int]
-    pixel_values: torch.Tensor | None
+    pictures: list[dict[str, torch.Tensor]]
     rejects: list[Reject]
 
 
@@ -138,14 +139,14 @@ class ItemEncoder:
         rejects = sorted([*known_rejects, *found], key=lambda reject: reject.row) if found else list(known_rejects)
         sizes = [(one["num_images"][0], len(one["input_ids"][0])) for one in prepared]
         order = sorted(range(len(places)), key=lambda at: (sizes[at], at))
-        pixels = [prepared[at]["pixel_values"] for at in order if "pixel_values" in prepared[at]]
+        batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
         return PreparedBlock(
             number,
             [places[at] for at in order],
             order,
             [prepared[at]["input_ids"][0] for at in order],
             [prepared[at]["num_images"][0] for at in order],
-            torch.cat(pixels) if pixels else None,
+            [_pictures_of([prepared[at] for at in batch]) for batch in batches],
             rejects,
         )
 
@@ -183,20 +184,16 @@ class ItemEncoder:
     def _batches(self, block: PreparedBlock) -> Iterator[dict[str, torch.Tensor]]:
         tokenizer = self.processor.tokenizer
         padding = {"batch_first": True, "padding_side": tokenizer.padding_side}
-        image = 0
-        for first in range(0, len(block.places), self.batch_size):
+        starts = range(0, len(block.places), self.batch_size)
+        for first, pictures in zip(starts, block.pictures, strict=True):
             ids = [torch.tensor(of_item) for of_item in block.input_ids[first : first + self.batch_size]]
             counts = block.num_images[first : first + self.batch_size]
-            batch = {
+            yield {
+                **pictures,
                 "input_ids": pad_sequence(ids, padding_value=tokenizer.pad_token_id or 0, **padding),
                 "attention_mask": pad_sequence([torch.ones_like(of_item) for of_item in ids], **padding),
                 "num_images": torch.tensor(counts),
             }
-            total = sum(counts)
-            if block.pixel_values is not None and total:
-                batch["pixel_values"] = block.pixel_values[image : image + total]
-                image += total
-            yield batch
 
     @torch.inference_mode()
     def _embed_batch(self, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -250,6 +247,12 @@ def _with_open_pictures(item: Item) -> tuple[Item, list[str]]:
     if faults and not pictures:
         raise ItemError(faults[0])
     return (content | {"image": pictures} if pictures else content), faults
+
+
+def _pictures_of(prepared: list[Any]) -> dict[str, torch.Tensor]:
+    """The model's inputs of all pictures of these items, side by side."""
+    with_pictures = [of_item for of_item in prepared if "pixel_values" in of_item]
+    return join_pictures(with_pictures) if with_pictures else {}
 
 
 def _reason(error: Exception) -> str:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from modeling_notellm2.images_notellm2 import image_sources, load_image
+from modeling_notellm2.pixels_notellm2 import join_pictures
 from modeling_notellm2.prompts_notellm2 import ItemError
 from training.tables.files import write_text
 from training.tables.images import Item, content_key, read_encoded
@@ -26,13 +27,13 @@ from training.tables.items import ItemTable
 from training.tables.pairs import PairTable
 from training.tables.rejects import Reject
 from training.trainer.false_negatives import TEXT_FIELDS
-from training.trainer.vision_cache import VisionCache, open_vision_cache
+from training.trainer.vision_cache import VisionCache, feature_inputs, open_vision_cache
 
 
 logger = logging.get_logger(__name__)
 
-Picture = Image.Image | int
-"""An open picture, or where its features stand in the cache."""
+Picture = dict[str, Tensor] | int
+"""What the model takes of a picture, or where its features stand in the cache."""
 
 
 @dataclass(frozen=True)
@@ -109,23 +110,25 @@ class ItemCollator:
         inputs = dict(self.processor([item for item, _ in opened], process_images=False, return_tensors="pt"))
         pictures = [picture for _, of_item in opened for picture in of_item]
         stored = [picture for picture in pictures if isinstance(picture, int)]
-        pixels = [picture for picture in pictures if not isinstance(picture, int)] if pictures else [BLANK]
+        pixels = [picture for picture in pictures if not isinstance(picture, int)]
         if stored:
             assert self.features is not None
-            hidden, pooled = self.features.read(stored)
-            inputs |= {"vision_hidden_states": hidden.to(self.dtype), "vision_pooler_output": pooled.to(self.dtype)}
-        if pixels:
-            inputs |= self.processor.image_processor(images=pixels, return_tensors="pt")
+            given = feature_inputs(self.features.read(stored))
+            inputs |= {
+                name: values.to(self.dtype) if values.is_floating_point() else values for name, values in given.items()
+            }
+        if pixels or not pictures:
+            inputs |= join_pictures(pixels or [self.processor.process_images([BLANK])])
         if stored and pixels:
             inputs["cached_images"] = torch.tensor([isinstance(picture, int) for picture in pictures])
         return inputs
 
     def _picture(self, source: Any) -> Picture:
         if self.features is None:
-            return load_image(source)
+            return self.processor.process_images([load_image(source)])
         encoded = read_encoded(source)
         stored = self.features.find(content_key(encoded))
-        return load_image(encoded) if stored is None else stored
+        return self.processor.process_images([load_image(encoded)]) if stored is None else stored
 
     def _list(self, item: Item, fault: str) -> None:
         name = str(item.get("item_id", ""))

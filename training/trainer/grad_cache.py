@@ -17,10 +17,12 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from modeling_notellm2 import NoteLLM2Model
 from modeling_notellm2.inputs_notellm2 import count_images
+from modeling_notellm2.pixels_notellm2 import VISION_INPUTS
 from training.trainer.losses import PairLossOutput
 
 
-PER_IMAGE = ("pixel_values", "vision_hidden_states", "vision_pooler_output", "cached_images")
+FEATURES = ("vision_hidden_states", "vision_pooler_output", "vision_attention_mask")
+PER_IMAGE = (*VISION_INPUTS, *FEATURES, "cached_images")
 """Inputs with a row for each image, or for each of those that are cached or not; all others have one for each item."""
 
 EMBEDDINGS = ("embeddings", "visual_embeddings")
@@ -92,10 +94,9 @@ class GradCache:
         with self.autocast():
             output = model(**chunk.inputs_on(base.device), output_vision_features=base.config.freeze_vision)
         if base.config.freeze_vision and output.vision_hidden_states is not None:
-            inputs.pop("pixel_values", None)
-            inputs.pop("cached_images", None)
-            inputs["vision_hidden_states"] = output.vision_hidden_states.cpu()
-            inputs["vision_pooler_output"] = output.vision_pooler_output.cpu()
+            for name in PER_IMAGE:
+                inputs.pop(name, None)
+            inputs |= {name: output[name].cpu() for name in FEATURES if output.get(name) is not None}
         chunk.has_image, chunk.logit_scale = output.has_image, output.logit_scale
         chunk.embeddings = {name: output[name].detach() for name in EMBEDDINGS if name in output}
         return chunk
@@ -204,7 +205,7 @@ def _image_rows(inputs: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
     rows = {name: torch.ones(total, dtype=torch.bool) for name in names}
     if "cached_images" in inputs:
         cached = inputs["cached_images"].cpu()
-        rows |= {"pixel_values": ~cached, "vision_hidden_states": cached, "vision_pooler_output": cached}
+        rows |= {name: cached if name in FEATURES else ~cached for name in names if name != "cached_images"}
     return total, rows
 
 

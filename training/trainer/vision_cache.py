@@ -1,9 +1,9 @@
 """A cache on disk of what a frozen vision encoder makes of each picture, so that later epochs neither decode nor run it.
 
 One folder for each encoder with its preprocessing, in it safetensors files of some hundred pictures: `keys` (hash of the
-picture's content), `hidden_states` and `pooler_output`, in 16 bits: bfloat16 where the encoder ran in that, else float16.
-They are mapped, so all workers of a machine share one copy. A picture that has changed, another encoder or another
-precision has another key and never gets stale features.
+picture's content), `hidden_states` (tokens, width) of all of them with the `ends` of each, and `pooler_output`, in 16
+bits: bfloat16 where the encoder ran in that, else float16. They are mapped, so all workers of a machine share one copy. A
+picture that has changed, another encoder or another precision has another key and never gets stale features.
 """
 
 import json
@@ -23,14 +23,16 @@ from torch import Tensor
 from transformers.utils import logging
 
 from modeling_notellm2.images_notellm2 import image_sources, load_image
+from modeling_notellm2.pixels_notellm2 import join_pictures
 from modeling_notellm2.prompts_notellm2 import ItemError
+from modeling_notellm2.vision_notellm2 import VisionFeatures, join_features
 from training.tables.files import atomic_write
 from training.tables.images import KEY_BYTES, Item, content_key, map_items, read_encoded
 
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 FILE_BYTES = 256 * 2**20
 CPU_BATCH, GPU_BATCH = 4, 32
 """Pictures that the encoder takes at once: a CPU's cache holds few, and 32 of them cost it three times as much each."""
@@ -91,20 +93,17 @@ class VisionCache:
         at = int(np.searchsorted(self.keys, wanted))
         return at if at < len(self.keys) and self.keys[at] == wanted else None
 
-    def read(self, stored: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Features of one picture or more that were found.
+    def read(self, stored: Sequence[int]) -> VisionFeatures:
+        """Features of one picture or more that were found, in 16 bits; padded where their numbers of tokens differ."""
+        return join_features([self._row(*self.places[at].tolist()) for at in stored])
 
-        Returns:
-            hidden states (m, tokens, width) and pooler output (m, width), float16 or bfloat16.
-        """
-        rows = [self._row(*self.places[at].tolist()) for at in stored]
-        return torch.cat([hidden for hidden, _ in rows]), torch.cat([pooled for _, pooled in rows])
-
-    def _row(self, file: int, row: int) -> tuple[Tensor, Tensor]:
+    def _row(self, file: int, row: int) -> VisionFeatures:
         if file not in self._opened:
-            self._opened[file] = safe_open(self.files[file], framework="pt")
-        hidden, pooled = (self._opened[file].get_slice(name) for name in ("hidden_states", "pooler_output"))
-        return hidden[row : row + 1], pooled[row : row + 1]
+            opened = safe_open(self.files[file], framework="pt")
+            self._opened[file] = opened, [0, *opened.get_tensor("ends").tolist()]
+        opened, ends = self._opened[file]
+        hidden, pooled = (opened.get_slice(name) for name in ("hidden_states", "pooler_output"))
+        return VisionFeatures(hidden[ends[row] : ends[row + 1]].unsqueeze(0), pooled[row : row + 1])
 
     def summary(self, item: Item) -> Tensor:
         """(width,) float32: the mean summary feature of an item's images; zeros without one.
@@ -118,8 +117,8 @@ class VisionCache:
                 f"item_id {item.get('item_id')!r}: its image is not in {self.folder}; raise vision_cache_gb."
             )
         if not stored:
-            return torch.zeros(self.read([0])[1].shape[-1])
-        return self.read(stored)[1].float().mean(0)
+            return torch.zeros(self.read([0]).pooler_output.shape[-1])
+        return self.read(stored).pooler_output.float().mean(0)
 
     def fill(
         self,
@@ -139,7 +138,7 @@ class VisionCache:
         model.vision_model.eval()
         features = partial(_features, model, self.dtype)
         prepare = partial(_prepare, self, processor)
-        waiting: dict[bytes, Tensor] = {}
+        waiting: dict[bytes, dict[str, Tensor]] = {}
         done: set[bytes] = set()
         block = _Block(self.folder)
         for found in map_items(items, prepare, num_workers, "Vision features"):
@@ -173,17 +172,18 @@ class _Block:
         self.hidden: list[Tensor] = []
         self.pooled: list[Tensor] = []
 
-    def add(self, keys: list[bytes], hidden: Tensor, pooled: Tensor) -> None:
+    def add(self, keys: list[bytes], hidden: list[Tensor], pooled: Tensor) -> None:
+        before = len(self.keys)
         self.keys += keys
-        self.hidden += hidden.unbind()
+        self.hidden += hidden
         self.pooled += pooled.unbind()
-        self.waiting = len(self.keys) * self._bytes_each()
+        self.waiting += sum(map(self._bytes_of, range(before, len(self.keys))))
 
     def cut(self, most: int) -> None:
         """Let go of what exceeds a number of bytes."""
-        if self.keys:
-            keep = max(most // self._bytes_each(), 0)
-            del self.keys[keep:], self.hidden[keep:], self.pooled[keep:]
+        sizes = np.cumsum([self._bytes_of(row) for row in range(len(self.keys))])
+        keep = int(np.searchsorted(sizes, most, side="right"))
+        del self.keys[keep:], self.hidden[keep:], self.pooled[keep:]
 
     def write(self) -> None:
         """Write the part whole or not at all; its name is the first key's, so that processes never write one file."""
@@ -191,14 +191,19 @@ class _Block:
             return
         path = self.folder / f"{self.keys[0].hex()}.safetensors"
         keys = torch.frombuffer(bytearray(b"".join(self.keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
-        tensors = {"keys": keys, "hidden_states": torch.stack(self.hidden), "pooler_output": torch.stack(self.pooled)}
+        tensors = {
+            "keys": keys,
+            "hidden_states": torch.cat(self.hidden),
+            "ends": torch.tensor([len(hidden) for hidden in self.hidden]).cumsum(0),
+            "pooler_output": torch.stack(self.pooled),
+        }
         with atomic_write(path) as place:
             save_file(tensors, place)
         self.written += path.stat().st_size
         self._clear()
 
-    def _bytes_each(self) -> int:
-        return KEY_BYTES + self.hidden[0].nbytes + self.pooled[0].nbytes
+    def _bytes_of(self, row: int) -> int:
+        return KEY_BYTES + self.hidden[row].nbytes + self.pooled[row].nbytes
 
 
 def open_vision_cache(
@@ -225,8 +230,8 @@ def encoder_key(model: Any, processor: Any, dtype: torch.dtype = torch.float32) 
     """A hash of all that decides a picture's features besides the picture: weights, layer, types, preprocessing."""
     digest = blake2b(digest_size=KEY_BYTES)
     preprocessing = processor.image_processor.to_dict()
-    layer = model.config.vision_feature_layer
-    settings = [FORMAT, model.config.vision_config.to_dict(), layer, str(dtype), preprocessing]
+    of_model = [model.config.vision_config.to_dict(), model.config.vision_feature_layer, model.config.vision_summary]
+    settings = [FORMAT, *of_model, str(dtype), preprocessing, processor.max_pixels]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.vision_model.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -234,7 +239,15 @@ def encoder_key(model: Any, processor: Any, dtype: torch.dtype = torch.float32) 
     return digest.hexdigest()
 
 
-def _prepare(cache: VisionCache, processor: Any, item: Item) -> list[tuple[bytes, Tensor]]:
+def feature_inputs(features: VisionFeatures) -> dict[str, Tensor]:
+    """Vision features under the names by which the model's forward takes them back."""
+    inputs = {"vision_hidden_states": features.last_hidden_state, "vision_pooler_output": features.pooler_output}
+    if features.attention_mask is not None:
+        inputs["vision_attention_mask"] = features.attention_mask
+    return inputs
+
+
+def _prepare(cache: VisionCache, processor: Any, item: Item) -> list[tuple[bytes, dict[str, Tensor]]]:
     """Key and pixels of those images of an item that are not stored and can be read; runs in a worker."""
     found = []
     for source in image_sources(item.get("image")):
@@ -242,18 +255,22 @@ def _prepare(cache: VisionCache, processor: Any, item: Item) -> list[tuple[bytes
             encoded = read_encoded(source)
             key = content_key(encoded)
             if cache.find(key) is None:
-                pixels = processor.image_processor(images=[load_image(encoded)], return_tensors="pt")["pixel_values"]
-                found.append((key, pixels[0]))
+                found.append((key, processor.process_images([load_image(encoded)])))
         except ItemError:
             continue
     return found
 
 
 @torch.no_grad()
-def _features(model: Any, dtype: torch.dtype, pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _features(model: Any, dtype: torch.dtype, pictures: list[dict[str, Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """Tokens (tokens, width) of each picture without padding, and summary features (m, width), in 16 bits on the CPU."""
+    inputs = {name: values.to(model.device) for name, values in join_pictures(pictures).items()}
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        features = model.get_vision_features(torch.stack(pixels).to(model.device))
+        features = model.get_vision_features(**inputs)
     hidden, pooled = features.last_hidden_state, features.pooler_output
     if dtype != torch.bfloat16:
         dtype, hidden, pooled = torch.float16, hidden.clamp(-LARGEST, LARGEST), pooled.clamp(-LARGEST, LARGEST)
-    return hidden.to("cpu", dtype).contiguous(), pooled.to("cpu", dtype).contiguous()
+    hidden, pooled = hidden.to("cpu", dtype).contiguous(), pooled.to("cpu", dtype).contiguous()
+    if features.attention_mask is None:
+        return list(hidden.unbind()), pooled
+    return [row[held.bool()] for row, held in zip(hidden, features.attention_mask.cpu(), strict=True)], pooled

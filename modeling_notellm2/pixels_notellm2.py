@@ -69,6 +69,8 @@ def picture_pixels(image_processor: Any, image: Image.Image, max_pixels: int | N
         given = image_processor(images=[image], return_tensors="pt")
     except Exception as error:
         raise ItemError(f"{name} refuses an image of {image.width} x {image.height} pixels ({error})") from error
+    if isinstance(given, torch.Tensor):
+        given = {"pixel_values": given}
     pixels = given.get("pixel_values")
     if isinstance(pixels, list) and len(pixels) == 1:  # where pictures differ in size, some give lists
         pixels = torch.as_tensor(pixels[0]).unsqueeze(0)

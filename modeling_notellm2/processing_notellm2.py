@@ -380,8 +380,11 @@ def _load_image_processor(source: str | os.PathLike) -> Any:
     try:
         with _no_backend_notice():
             return AutoImageProcessor.from_pretrained(source)
-    except ImportError as error:
-        raise ImportError(MISSING_PACKAGE % (source, " ".join(str(error).split()))) from error
+    except (ImportError, ValueError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, ValueError) and "Missing optional dependencies" not in text:
+            raise
+        raise ImportError(MISSING_PACKAGE % (source, text)) from error
 
 
 def as_item(raw: Any) -> Mapping[str, Any]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +22,11 @@ from tests.support.models import QFORMER, make_model
 from training.evaluation.embed import evaluate_in_training
 from training.run import run
 from training.trainer.adapters import load_trainable
-from training.trainer.arguments import ModelArguments, parse
+from training.trainer.arguments import ModelArguments, NoteLLM2TrainingArguments, parse
 from training.trainer.batches import ItemCollator, PairCollator, PairDataset
 from training.trainer.checkpoints import checkpoint_to_resume, mark_whole, newest_checkpoint
 from training.trainer.data import load_data
+from training.trainer.false_negatives import FalseNegatives
 from training.trainer.sampling import DistinctItemsSampler
 from training.trainer.trainer import NoteLLM2Trainer
 
@@ -149,6 +152,96 @@ def test_a_config_runs_with_two_processes(options, coloured_tables, tmp_path):
     start = _start(options)
     assert not torch.equal(trained.reduction.weight, start["reduction.weight"])
     assert newest_checkpoint(tmp_path / "run").name == "checkpoint-2"
+
+
+def _worker_with_rank(agent: int, rank: int) -> int:
+    """Process id of the agent's worker of this rank."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == agent and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                return int(entry.name)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    raise AssertionError(f"no worker with rank {rank}")
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(options, tmp_path):
+    """FSDP2 on two processes; what torchrun says names the rank, and a whole checkpoint is left."""
+    changes = {
+        "max_steps": 400,
+        "per_device_train_batch_size": 3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "logging_steps": 50,
+    }
+    changes |= {"fsdp": "full_shard", "resume_from_checkpoint": "true", "ddp_backend": "gloo", "dtype": "float32"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [*launcher, "training/run.py", *options(**changes)]
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(arguments, cwd=ROOT, env={**os.environ, **QUIET}, stdout=stream, stderr=stream)
+        try:
+            step = _killed_after(process, tmp_path / "run", 2)
+            ended = time.monotonic()
+            assert process.wait(timeout=60) != 0
+        finally:
+            process.kill()
+    assert time.monotonic() - ended < 60
+    assert newest_checkpoint(tmp_path / "run").name >= f"checkpoint-{step}"
+    said = log.read_text()
+    assert re.search(r"rank\s*: 1 \(local_rank: 1\)", said), said[-3000:]
+    assert "Signal 9 (SIGKILL)" in said
+
+
+def _killed_after(process: subprocess.Popen, run_folder: Path, step: int) -> int:
+    """Kill rank 1 as soon as a whole checkpoint of this step or a later one is there; that checkpoint's step."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        steps = [int(path.parent.name.split("-")[1]) for path in run_folder.glob("checkpoint-*/files.json")]
+        if max(steps, default=0) >= step:
+            os.kill(_worker_with_rank(process.pid, 1), signal.SIGKILL)
+            return max(steps)
+        time.sleep(0.1)
+    raise AssertionError(f"no whole checkpoint of step {step}")
+
+
+def test_a_restart_after_the_last_step_trains_none_and_reports_the_whole_runs_loss(options, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    first = run(*parse(options(**settings)))
+    trained = weights(tmp_path / "run")
+    losses = [line["loss"] for line in first["log"] if "loss" in line]
+    assert len(losses) == 6
+    assert first["train_loss"] == pytest.approx(sum(losses) / 6, rel=1e-4)
+    again = run(*parse(options(resume_from_checkpoint="true", **settings)))
+    assert again["counts"]["steps"] == 6
+    assert equal_weights(trained, weights(tmp_path / "run"))
+    assert again["train_loss"] == pytest.approx(first["train_loss"])
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    later = run(*parse(options(resume_from_checkpoint="true", **settings)))
+    assert later["train_loss"] == pytest.approx(first["train_loss"])
+    assert equal_weights(trained, weights(tmp_path / "run"))
+
+
+def test_options_that_training_depends_on_stay(tmp_path):
+    for name, value in {
+        "dataloader_drop_last": False,
+        "remove_unused_columns": True,
+        "auto_find_batch_size": True,
+    }.items():
+        with pytest.raises(ValueError, match=f"can't be changed. {name}: must stay"):
+            NoteLLM2TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_copies_of_an_item_are_no_negatives_with_all_masks_off(options):
+    report = run(*parse(options(mask_known_positives=False, mask_same_image=False, mask_same_text=False, max_steps=1)))
+    (line,) = (line for line in report["log"] if "loss" in line)
+    assert line["masked_negatives"] == pytest.approx(0.0)
+    negatives = FalseNegatives()
+    rows, columns = negatives(torch.tensor([4, 7, 4, 9]))
+    assert set(zip(rows.tolist(), columns.tolist(), strict=True)) == {(0, 2), (2, 0)}
 
 
 RUN_CONFIGS = sorted(path.name for path in CONFIGS.glob("*.yaml"))

@@ -101,7 +101,7 @@ def anonymous_mb() -> float:
 
 
 def compare(folder: Path, items: int) -> dict[str, dict[str, float]]:
-    """Both sides, ours twice: the first time `datasets` copies Parquet into its cache."""
+    """Both sides, ours twice: the first time the table is copied into the cache."""
     if not (folder / "items.parquet").exists():
         make_tables(folder, items)
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}

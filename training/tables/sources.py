@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 
 from training.tables.files import write_json
 from training.tables.rejects import TableError
@@ -156,6 +157,7 @@ def _files_of_split(source: str, files: list[TableFile], split: str) -> list[Tab
 
 def _hub_splits(source: str, split: str | None) -> list[TableSplit]:
     name, _, config = source.partition(":")
+    _check_at_hub(source, name)
 
     def load() -> Any:
         wanted = split
@@ -165,6 +167,20 @@ def _hub_splits(source: str, split: str | None) -> list[TableSplit]:
         return datasets.load_dataset(name, config or None, split=wanted)
 
     return _splits(source, _loaded(source, load), split)
+
+
+def _check_at_hub(source: str, name: str) -> None:
+    """Asks once whether there is such a data set, for `datasets` asks again and again where nobody answers."""
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+    if huggingface_hub.constants.HF_HUB_OFFLINE or cached.exists():
+        return
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)
+    except Exception as error:  # the HTTP client has errors of its own, which change with its library
+        reason = " ".join(str(error).split())
+        raise TableError(
+            f"{source}: neither a file or folder nor a data set that can be loaded ({reason:.300})."
+        ) from error
 
 
 def _loaded(source: str, load: Callable[[], Any]) -> Any:

@@ -150,6 +150,22 @@ def test_what_is_no_table_is_refused_in_one_line(tmp_path, monkeypatch):
         assert "\n" not in str(raised.value), source
 
 
+def test_a_hub_that_nobody_answers_for_is_asked_once(monkeypatch):
+    """`datasets` itself tries for 23 seconds."""
+    asked = []
+
+    def fail(_, name, **__):
+        asked.append(name)
+        raise ConnectionError("Name or service\nnot known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fail)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(TableError, match="nobody/itms: neither a file .*Name or service not known"):
+        load_items("nobody/itms")
+    assert asked == ["nobody/itms"]
+
+
 def test_a_local_table_asks_no_network(tmp_path, monkeypatch):
     import socket
 

@@ -86,6 +86,7 @@ def make_trainer(folder: Path, world: int, lora: bool = False, **options: Any) -
     arguments = NoteLLM2TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
+        dtype="float32",
         report_to="none",
         per_device_train_batch_size=PAIRS_OF_ALL // world,
         disable_tqdm=True,

@@ -28,7 +28,6 @@ from .backbones_notellm2 import (
     tokenizer_of,
 )
 from .configuration_notellm2 import NoteLLM2Config
-from .downloads_notellm2 import check_downloads
 from .inputs_notellm2 import check_padding, count_images, last_position, positions_of, states_at
 from .language_notellm2 import LanguageCall, build_language_model, call_language_model, embedding_rows, takes_positions
 from .loss_notellm2 import complete_pairs, contrastive_pair_loss
@@ -141,12 +140,6 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
                 init.zeros_(module.query_tokens)
         else:
             super()._init_weights(module)
-
-    @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
-        """Where transformers reads weights, those of adapters too: downloaded ones are checked first."""
-        check_downloads(checkpoint_files or [])
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As for any model; with the processor's files beside it, the folder also is a sentence-transformers model."""

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from hub.catalogue.encoder import ItemEncoder, Place, items_between
-from hub.pages.gallery import View, nearest, write_gallery
+from hub.pages.gallery import GalleryView, nearest, write_gallery
 from modeling_notellm2 import DTYPES, choose_precision
 from training.tables.bounds import AtLeastOne, check_bounds
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
@@ -95,7 +95,7 @@ class Catalogue:
 
     item_ids: list[str]
     positions: list[int]
-    views: list[View]
+    views: list[GalleryView]
     rejects: list[Reject]
 
 
@@ -239,7 +239,7 @@ def _without(block: list[tuple[Place, Item]], fields: Iterable[str], usable: set
             yield place, {name: value for name, value in item.items() if name not in fields}
 
 
-def _view(name: str, ids: list[str], blocks: list[tuple[list[str], np.ndarray]]) -> View:
+def _view(name: str, ids: list[str], blocks: list[tuple[list[str], np.ndarray]]) -> GalleryView:
     position_of = {item_id: position for position, item_id in enumerate(ids)}
     embeddings = np.concatenate([of_block for _, of_block in blocks])
     positions = [position_of[item_id] for of_block, _ in blocks for item_id in of_block]
@@ -248,10 +248,10 @@ def _view(name: str, ids: list[str], blocks: list[tuple[list[str], np.ndarray]])
     usable = np.zeros(len(ids), dtype=bool)
     usable[positions] = True
     note, absent = NOTES[name]
-    return View(name, note, absent, everywhere, usable)
+    return GalleryView(name, note, absent, everywhere, usable)
 
 
-__all__ = ["Catalogue", "GalleryArguments", "View", "embed_catalogue", "gallery", "nearest", "write_gallery"]
+__all__ = ["Catalogue", "GalleryArguments", "GalleryView", "embed_catalogue", "gallery", "nearest", "write_gallery"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -134,9 +134,10 @@ class NoteLLM2Processor(ProcessorMixin):
         return processor
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "NoteLLM2Processor":
+        """As for any processor; that pictures go through PIL is no news."""
         with _no_backend_notice():
-            return super()._get_arguments_from_pretrained(*args, **kwargs)
+            return super().from_pretrained(*args, **kwargs)
 
     def prepare_model(self, model: Any) -> None:
         """Gives a freshly joined model the ids of <IMG> and <IMG_EMB> and embedding rows; once, before training.

@@ -17,14 +17,13 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_notellm2 import DTYPES, choose_precision
 from training.evaluation.evidence import MeasureOptions, evaluate_model, write_results
-from training.evaluation.overlap import trained_share
 from training.evaluation.slices import count_in_pairs
 from training.reporting.evaluation_tables import show
 from training.tables.bounds import AtLeastOne, NotNegative, check_bounds
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
 from training.tables.items import load_items
 from training.tables.model_folder import loading
-from training.tables.pairs import load_pairs, pair_positions
+from training.tables.pairs import load_pairs, pair_positions, trained_share
 from training.tables.rejects import TableError, write_rejects
 
 

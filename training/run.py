@@ -89,7 +89,9 @@ def make_trainer(
     grouped = arguments.train_sampling_strategy == "group_by_length"
     return NoteLLM2Trainer(
         train_dataset=PairDataset(data.items, data.train),
-        negatives=once_per_machine(lambda: FalseNegatives.of(data.items, data.train, *masks, num_workers=workers)),
+        false_negatives=once_per_machine(
+            lambda: FalseNegatives.of(data.items, data.train, *masks, num_workers=workers)
+        ),
         lengths=item_lengths(data.items, processor.limits, image_tokens) if grouped else None,
         measure=partial(
             evaluate_in_training,

@@ -30,7 +30,7 @@ Item = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class View:
+class GalleryView:
     """One way of embedding the items.
 
     Attributes:
@@ -49,14 +49,14 @@ class View:
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class GalleryNeighbour:
     """An item found: its position among all items, and its cosine similarity to the query."""
 
     position: int
     score: float
 
 
-def nearest(view: View, query: int, k: int) -> list[Neighbour]:
+def nearest(view: GalleryView, query: int, k: int) -> list[GalleryNeighbour]:
     """The `k` most similar usable items other than the query, best first; none if the query itself is not usable.
 
     Exact: every item is compared. Items of equal score come in order of their positions.
@@ -67,14 +67,14 @@ def nearest(view: View, query: int, k: int) -> list[Neighbour]:
     scores[torch.from_numpy(~view.usable)] = -torch.inf
     scores[query] = -torch.inf
     order = scores.sort(descending=True, stable=True).indices[: min(k, int(view.usable.sum()) - 1)].tolist()
-    return [Neighbour(position, float(scores[position])) for position in order]
+    return [GalleryNeighbour(position, float(scores[position])) for position in order]
 
 
 def write_gallery(
     output: Path,
     item_ids: Sequence[str],
     load_item: Callable[[int], Item],
-    views: Sequence[View],
+    views: Sequence[GalleryView],
     queries: Sequence[int],
     k: int = 8,
     *,
@@ -187,7 +187,7 @@ def _at(labels: Sequence[str | None] | None, position: int) -> str | None:
 
 
 def _mark(
-    query: int, near: Neighbour, labels: Sequence[str | None] | None, partners: Mapping[int, set[int]]
+    query: int, near: GalleryNeighbour, labels: Sequence[str | None] | None, partners: Mapping[int, set[int]]
 ) -> dict[str, bool]:
     label = _at(labels, query)
     return {
@@ -197,7 +197,7 @@ def _mark(
 
 
 def _note(
-    view: View, query: int, marks: list[dict[str, bool]], labels: Sequence[str | None] | None, label_name: str
+    view: GalleryView, query: int, marks: list[dict[str, bool]], labels: Sequence[str | None] | None, label_name: str
 ) -> str:
     """The line beside a view's name: what it compares, and how many neighbours have the query's label."""
     if not view.usable[query]:
@@ -211,7 +211,7 @@ def _note(
 
 def _summary(
     at: int,
-    view: View,
+    view: GalleryView,
     queries: Sequence[int],
     marks: Mapping[tuple[int, int], list[dict[str, bool]]],
     labels: Sequence[str | None] | None,

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from transformers.utils import logging
 
 from training.tables.items import ItemTable
 from training.tables.reading import Table, open_table
 from training.tables.rejects import RejectedRows, Rejects, TableError
 
 
+logger = logging.get_logger(__name__)
 PAIR_IDS = ("query_id", "target_id")
 
 
@@ -134,3 +136,25 @@ def load_pairs(
         drawn = np.random.default_rng(seed).integers(matched.pairs.size, size=int(empty.sum()))
         negatives[empty] = matched.pairs.reshape(-1)[drawn]
     return PairTable(matched.pairs, groups, negatives), matched.rejects
+
+
+def trained_share(pairs: np.ndarray, train_pairs: np.ndarray) -> float:
+    """Share of some pairs that are train pairs, in either direction; says so where there is any.
+
+    Args:
+        pairs, train_pairs: (n, 2) and (m, 2) integer positions in one item table; a pair with -1 is none.
+    """
+    shared = np.isin(_unordered(pairs), _unordered(train_pairs[(train_pairs >= 0).all(1)]))
+    if not shared.any():
+        return 0.0
+    logger.warning(
+        f"{shared.mean():.1%} of the pairs to measure on ({shared.sum():,} of {len(pairs):,}) are train pairs: what is "
+        "measured on them is memory. Take pairs that training does not see."
+    )
+    return float(shared.mean())
+
+
+def _unordered(pairs: np.ndarray) -> np.ndarray:
+    """(n,) int64: one number for a pair and its reverse."""
+    low, high = np.sort(pairs.astype(np.int64), axis=1).T
+    return low << 32 | high

@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from training.evaluation.overlap import trained_share
 from training.tables.items import ItemTable, load_items
-from training.tables.pairs import PairTable, load_pairs
+from training.tables.pairs import PairTable, load_pairs, trained_share
 from training.tables.rejects import Rejects
 from training.trainer.arguments import DataArguments
 

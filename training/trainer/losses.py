@@ -176,7 +176,7 @@ class PairLoss:
         multimodal_weight, visual_weight: of the two losses; their sum divides the total (paper, section 3.3).
         matryoshka_dims: widths of prefixes that must do as embeddings too, each normalised again; the loss is the mean
             over them and the full width (Matryoshka representation learning, arXiv 2205.13147).
-        negatives: from the joined batch's item indices `(M,)` to the entries of its `(M, M)` matrix that must not count
+        false_negatives: from the joined batch's item indices `(M,)` to the entries of its `(M, M)` matrix that must not count
             as negatives, e.g. known positives or copies of an item. `None`: all items but the row's own are negatives.
         tile: see `tiled_contrastive_loss`.
     """
@@ -184,7 +184,7 @@ class PairLoss:
     multimodal_weight: float = 9.0
     visual_weight: float = 1.0
     matryoshka_dims: Sequence[int] = ()
-    negatives: Callable[[Tensor], Entries] | None = None
+    false_negatives: Callable[[Tensor], Entries] | None = None
     tile: int = TILE
 
     def __call__(
@@ -202,12 +202,12 @@ class PairLoss:
                 then any number of hard negatives, which are columns only.
             visual_embeddings: `(n, d)` or `None`; rows without an image are not read.
             has_image: `(n,)` bool.
-            item_index: `(n,)` int64, for `negatives`; not read without it.
+            item_index: `(n,)` int64, for `false_negatives`; not read without it.
             num_pairs: this process's pairs.
             logit_scale: one element.
 
         Raises:
-            ValueError: for fewer items than members, a prefix that is no part of the embedding, `negatives` without an
+            ValueError: for fewer items than members, a prefix that is no part of the embedding, `false_negatives` without an
                 item index, or entries outside the matrix.
         """
         batch = self._join(embeddings, has_image, item_index, num_pairs)
@@ -239,8 +239,10 @@ class PairLoss:
         rows = 2 * num_pairs
         if not 0 <= rows <= n:
             raise ValueError(f"{num_pairs} pairs have {rows} members, but the batch has {n} items.")
-        if self.negatives is not None and item_index is None:
-            raise ValueError("PairLoss with negatives needs item_index, the position of each item in the item table.")
+        if self.false_negatives is not None and item_index is None:
+            raise ValueError(
+                "PairLoss with false_negatives needs item_index, the position of each item in the item table."
+            )
         # Both members need an image for the visual loss; a hard negative stands alone.
         has_visual = has_image.to(device, torch.bool).clone()
         has_visual[:rows] = (has_visual[:num_pairs] & has_visual[num_pairs:rows]).repeat(2)
@@ -251,8 +253,8 @@ class PairLoss:
         here = own_rows(counts)
         own = torch.arange(here.start, here.start + rows, device=device)
         excluded = None
-        if self.negatives is not None and item_index is not None:
-            row, column = self.negatives(gather(item_index.to(device), counts))
+        if self.false_negatives is not None and item_index is not None:
+            row, column = self.false_negatives(gather(item_index.to(device), counts))
             _check_inside((row, column), sum(counts), sum(counts))
             mine = (row >= here.start) & (row < here.start + rows)
             excluded = row[mine] - here.start, column[mine]

@@ -52,11 +52,11 @@ class TrainingMonitor:
         self.items += items
         self.logit_scale = logit_scale.detach().float()
 
-    def counting(self, negatives: Callable[[Tensor], Entries]) -> Callable[[Tensor], Entries]:
-        """`negatives`, with the share of entries that it leaves out taken down."""
+    def counting(self, false_negatives: Callable[[Tensor], Entries]) -> Callable[[Tensor], Entries]:
+        """`false_negatives`, with the share of entries that it leaves out taken down."""
 
         def counted(item_index: Tensor) -> Entries:
-            rows, columns = negatives(item_index)
+            rows, columns = false_negatives(item_index)
             self.sums["masked_negatives"].append(torch.tensor(len(rows) / max(len(item_index) ** 2, 1)))
             return rows, columns
 

@@ -32,7 +32,8 @@ class NoteLLM2Trainer(Trainer):
 
     Args:
         train_dataset: pairs with their items; the sampler orders them.
-        negatives: finds the entries of a joined batch that are no negatives (`training.trainer.false_negatives.FalseNegatives`).
+        false_negatives: finds the entries of a joined batch that are no negatives
+            (`training.trainer.false_negatives.FalseNegatives`).
         lengths: (items,) length of each item, for `train_sampling_strategy: group_by_length`.
         measure: embeds and measures the evaluation items with the model it is given; a flat dict of metrics.
         arguments: those of `Trainer`; `data_collator` is a `PairCollator`. With `model_init` in place of `model`,
@@ -51,7 +52,7 @@ class NoteLLM2Trainer(Trainer):
         self,
         *,
         train_dataset: PairDataset,
-        negatives: Callable[[Tensor], Entries] | None = None,
+        false_negatives: Callable[[Tensor], Entries] | None = None,
         lengths: np.ndarray | None = None,
         measure: Callable[[nn.Module], dict[str, float]] | None = None,
         **arguments: Any,
@@ -71,7 +72,7 @@ class NoteLLM2Trainer(Trainer):
             multimodal_weight=base.config.multimodal_loss_weight,
             visual_weight=base.config.visual_loss_weight,
             matryoshka_dims=self.args.matryoshka_dims,
-            negatives=self.monitor.counting(negatives) if negatives is not None else None,
+            false_negatives=self.monitor.counting(false_negatives) if false_negatives is not None else None,
         )
 
     def _check_engine(self, frozen_vision: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from hub.gallery import GalleryArguments, View, gallery, main, nearest, write_gallery
+from hub.gallery import GalleryArguments, GalleryView, gallery, main, nearest, write_gallery
 from tests.support.browser import open_page
 
 
@@ -100,7 +100,7 @@ def test_nearest_is_exact_and_leaves_out_what_a_view_lacks():
     embeddings[17] = embeddings[4]  # a twin
     usable = generator.random(200) < 0.8
     usable[[3, 4, 17]] = False, True, True
-    view = View("v", "", "", embeddings, usable)
+    view = GalleryView("v", "", "", embeddings, usable)
     assert nearest(view, 3, 5) == []
     for query in np.flatnonzero(usable)[:20]:
         scores = embeddings @ embeddings[query]
@@ -205,7 +205,7 @@ def test_a_page_that_fails_leaves_the_old_one(tmp_path):
     def load(position):
         raise OSError("gone")
 
-    view = View("v", "", "", np.eye(3, dtype=np.float32), np.ones(3, dtype=bool))
+    view = GalleryView("v", "", "", np.eye(3, dtype=np.float32), np.ones(3, dtype=bool))
     with pytest.raises(OSError, match="gone"):
         write_gallery(tmp_path / "page.html", ["a", "b", "c"], load, [view], [0])
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

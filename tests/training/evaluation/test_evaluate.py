@@ -16,9 +16,9 @@ from training.evaluate import EvaluateArguments, run
 from training.evaluation.embed import embed
 from training.evaluation.evidence import MeasureOptions, evaluate_model
 from training.evaluation.metrics import multi_positive_metrics
-from training.evaluation.overlap import trained_share
 from training.evaluation.retrieval import precision_at_k, rank_all_targets, rank_targets
 from training.tables.items import load_items
+from training.tables.pairs import trained_share
 from training.trainer.batches import ItemCollator
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from training.tables.items import ItemTable
-from training.trainer import false_negatives as negatives
+from training.trainer import false_negatives
 from training.trainer.false_negatives import FalseNegatives, KnownPositives, text_hashes
 
 
@@ -18,7 +18,7 @@ def as_matrix(found, size):
 
 @pytest.mark.parametrize("entries", [4_000_000, 7])
 def test_entries_are_those_of_a_look_at_each(monkeypatch, entries):
-    monkeypatch.setattr(negatives, "ENTRIES", entries)
+    monkeypatch.setattr(false_negatives, "ENTRIES", entries)
     generator = np.random.default_rng(0)
     pairs = generator.integers(0, 50, (120, 2)).astype(np.int32)
     images = generator.integers(-1, 15, 50)
@@ -49,7 +49,7 @@ def test_entries_are_those_of_a_look_at_each(monkeypatch, entries):
 
 
 def test_a_placeholder_of_many_items_masks_nothing():
-    hashes = np.zeros(negatives.MOST_ALIKE + 1, dtype=np.int64)
+    hashes = np.zeros(false_negatives.MOST_ALIKE + 1, dtype=np.int64)
     item_index = torch.arange(len(hashes))
     assert len(FalseNegatives(image_hashes=hashes)(item_index)[0]) == 0
     assert len(FalseNegatives(image_hashes=hashes)(item_index[1:])[0]) == (len(hashes) - 1) * (len(hashes) - 2)

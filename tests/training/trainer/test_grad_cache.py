@@ -26,7 +26,7 @@ from training.trainer.grad_cache import GradCache, split_inputs
 from training.trainer.losses import PairLoss
 
 
-LOSS = PairLoss(negatives=known_positives, matryoshka_dims=(8,), tile=16)
+LOSS = PairLoss(false_negatives=known_positives, matryoshka_dims=(8,), tile=16)
 # Four pairs and two hard negatives; texts of different lengths, no image in the first two and the last items.
 ITEMS = [
     *(item(number, with_image=number not in (0, 1, 5, 9)) for number in range(8)),

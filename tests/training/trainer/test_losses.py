@@ -180,7 +180,7 @@ def test_hard_negatives_are_columns_only_and_known_positives_are_left_out():
         return ((index.unsqueeze(1) == index) | known).nonzero().unbind(1)
 
     output, gradients = everything(
-        embeddings, visual, has_image, factor, 3, item_index, negatives=same_item_or_known, tile=4
+        embeddings, visual, has_image, factor, 3, item_index, false_negatives=same_item_or_known, tile=4
     )
 
     target, own = partners(6)
@@ -199,10 +199,16 @@ def test_hard_negatives_are_columns_only_and_known_positives_are_left_out():
         wrong[place] = torch.tensor([9])
         with pytest.raises(ValueError, match=f"excluded entry has {name} 9; there are 9"):
             everything(
-                embeddings, visual, has_image, factor, 3, item_index, negatives=lambda _, wrong=wrong: tuple(wrong)
+                embeddings,
+                visual,
+                has_image,
+                factor,
+                3,
+                item_index,
+                false_negatives=lambda _, wrong=wrong: tuple(wrong),
             )
     with pytest.raises(ValueError, match="needs item_index"):
-        everything(embeddings, visual, has_image, factor, 3, negatives=same_item_or_known)
+        everything(embeddings, visual, has_image, factor, 3, false_negatives=same_item_or_known)
     with pytest.raises(ValueError, match="5 pairs have 10 members, but the batch has 9 items"):
         everything(embeddings, visual, has_image, factor, 5)
 
@@ -292,7 +298,7 @@ def undropped_model():
 
 LOSSES = {
     "plain": PairLoss(),
-    "everything": PairLoss(negatives=known_positives, matryoshka_dims=(8,), tile=5),
+    "everything": PairLoss(false_negatives=known_positives, matryoshka_dims=(8,), tile=5),
 }
 
 

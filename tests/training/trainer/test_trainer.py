@@ -239,8 +239,8 @@ def test_copies_of_an_item_are_no_negatives_with_all_masks_off(options):
     report = run(*parse(options(mask_known_positives=False, mask_same_image=False, mask_same_text=False, max_steps=1)))
     (line,) = (line for line in report["log"] if "loss" in line)
     assert line["masked_negatives"] == pytest.approx(0.0)
-    negatives = FalseNegatives()
-    rows, columns = negatives(torch.tensor([4, 7, 4, 9]))
+    false_negatives = FalseNegatives()
+    rows, columns = false_negatives(torch.tensor([4, 7, 4, 9]))
     assert set(zip(rows.tolist(), columns.tolist(), strict=True)) == {(0, 2), (2, 0)}
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from training.tables.commands import DONE, command, parse
 
@@ -225,7 +225,11 @@ def build_page(app: App, title: str) -> gr.Blocks:
                     label="Neighbours, best first", columns=4, object_fit="contain", height=620, elem_id="neighbours"
                 )
                 table = gr.Dataframe(
-                    headers=COLUMNS, datatype=["number", *["str"] * 5], interactive=False, label="Scores", wrap=True
+                    headers=COLUMNS,
+                    datatype=["number", "str", "str", "str", "str", "str"],
+                    interactive=False,
+                    label="Scores",
+                    wrap=True,
                 )
         samples = gr.Gallery(
             app.samples(),
@@ -238,14 +242,16 @@ def build_page(app: App, title: str) -> gr.Blocks:
         )
 
         form = [item_id, image, *text, use_image, use_text, weight, k]
-        found = {"fn": app.find, "inputs": form, "outputs": [gallery, table, status]}
-        loaded = {"fn": app.load, "inputs": item_id, "outputs": [image, *text, status]}
-        quiet = {"api_visibility": "private"}
-        search.click(**found, api_name="find")
-        gr.on([use_image.input, use_text.input, weight.release, k.release], **found, **quiet)
-        item_id.submit(**loaded, api_name="load").then(**found, **quiet)
-        samples.select(app.picked, None, item_id, **quiet).then(**loaded, **quiet).then(**found, **quiet)
-        page.load(app.start, None, item_id, **quiet).then(**loaded, **quiet).then(**found, **quiet)
+        find = app.find, form, [gallery, table, status]
+        load = app.load, item_id, [image, *text, status]
+        quiet: Literal["private"] = "private"
+        search.click(*find, api_name="find")
+        gr.on([use_image.input, use_text.input, weight.release, k.release], *find, api_visibility=quiet)
+        opened = item_id.submit(*load, api_name="load")
+        picked = samples.select(app.picked, None, item_id, api_visibility=quiet).then(*load, api_visibility=quiet)
+        started = page.load(app.start, None, item_id, api_visibility=quiet).then(*load, api_visibility=quiet)
+        for event in (opened, picked, started):
+            event.then(*find, api_visibility=quiet)
     return page
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers import AutoProcessor, set_seed
 
 from training.evaluation.embed import evaluate_in_training
@@ -159,7 +160,8 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
     if arguments.process_index == 0:
         print(f"Precision: {arguments.precision}")
         write_rejects(data.rejects, output / "rejects.jsonl")
-    model = load_trainable(options, arguments.precision.dtype).to(arguments.device)
+    model: nn.Module = load_trainable(options, arguments.precision.dtype)
+    model.to(arguments.device)
     with loading(options.model):
         processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     clock.lap("load")

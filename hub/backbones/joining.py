@@ -1,6 +1,7 @@
 """What a joined folder must hold before it takes its place: it loads whole and embeds as the model that was saved."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ def check_saved(folder: Path, model: NoteLLM2Model) -> None:
     Raises:
         ValueError: if weights are missing or left over, or if an embedding is another one.
     """
-    again, info = NoteLLM2Model.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    loaded = NoteLLM2Model.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    again, info = cast("tuple[NoteLLM2Model, dict[str, Any]]", loaded)  # its annotation knows the model alone
     amiss = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     amiss = {kind: names for kind, names in amiss.items() if names}
     if amiss:
@@ -31,8 +33,8 @@ def check_saved(folder: Path, model: NoteLLM2Model) -> None:
         raise ValueError(f"the saved model does not load whole: {listed}. {_advice(model)}")
     inputs = NoteLLM2Processor.from_pretrained(folder)(_trial_items(), return_tensors="pt")
     with torch.no_grad():
-        expected, loaded = model(**inputs).embeddings, again.eval()(**inputs).embeddings
-    distance = (loaded.float() - expected.float()).norm(dim=-1).max()
+        expected, reloaded = model(**inputs).embeddings, again.eval()(**inputs).embeddings
+    distance = (reloaded.float() - expected.float()).norm(dim=-1).max()
     if not distance <= (TOLERANCE if model.dtype.itemsize >= 4 else TOLERANCE_OF_HALF):  # NaN is too far as well
         raise ValueError(f"the saved model embeds otherwise than before ({distance:.2g} apart). {_advice(model)}")
 

@@ -84,7 +84,8 @@ def _check_cut(model: PreTrainedModel, layers: Sequence[int]) -> None:
         rebuilt.load_state_dict(model.state_dict())
         with torch.no_grad():
             ids = trial_ids(model)[:1].cpu()
-            states = own_states(rebuilt.to(model.dtype).eval(), ids)
+            rebuilt.to(model.dtype)  # type: ignore[arg-type]  # transformers' decorator hides that `to` is a method
+            states = own_states(rebuilt.eval(), ids)
             expected = own_states(model.eval(), ids.to(model.device)).cpu()
     except Exception as error:
         raise ValueError(advice % " ".join(str(error).split())[:200]) from error

@@ -93,8 +93,8 @@ def load_efficientnet_lite0_classifier() -> EfficientNetForImageClassification:
         image_size=224,
         hidden_dim=1280,
         hidden_act="relu6",
-        num_labels=1000,
     )
+    config.num_labels = 1000
     model = EfficientNetForImageClassification(config)
     weights = {_efficientnet_name(name): tensor for name, tensor in _read_pickle(path).items()}
     weights |= _identity_squeeze_excite(model)

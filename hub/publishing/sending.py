@@ -61,22 +61,25 @@ def push(publication: Publication, destination: Destination) -> CommitInfo:
         UploadError: when the Hub refused something or the network broke; nothing was committed then.
     """
     api = HfApi()
-    where = {"repo_id": destination.repo, "repo_type": publication.kind}
+    repo, kind = destination.repo, publication.kind
     try:
-        api.create_repo(**where, private=destination.private or None, exist_ok=True, space_sdk=publication.sdk)
-        if destination.private and not api.repo_info(**where).private:
+        api.create_repo(
+            repo, repo_type=kind, private=destination.private or None, exist_ok=True, space_sdk=publication.sdk
+        )
+        if destination.private and not api.repo_info(repo, repo_type=kind).private:
             raise ValueError(f"{destination.repo} is public. Make it private in its settings, or leave out --private.")
         if destination.revision:
-            api.create_branch(**where, branch=destination.revision, exist_ok=True)
-        there = api.list_repo_files(**where, revision=destination.revision)
+            api.create_branch(repo, repo_type=kind, branch=destination.revision, exist_ok=True)
+        there = api.list_repo_files(repo, repo_type=kind, revision=destination.revision)
         stale = sorted(path for path in there if path not in publication.files and _matches(path, publication.replaces))
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(path, file.resolve()) for path, file in publication.files.items()),
             *(CommitOperationDelete(path) for path in stale),
         ]
         return api.create_commit(
-            **where,
-            operations=operations,
+            repo,
+            operations,
+            repo_type=kind,
             commit_message=destination.message,
             revision=destination.revision,
             create_pr=destination.create_pr,

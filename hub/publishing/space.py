@@ -74,7 +74,8 @@ def prepare_space(details: SpaceDetails, staging: Path, rejects: Path) -> Public
             f"{details.model}: a Space loads its model from the Hub. Publish it first, and name it ORG/NAME."
         )
     check_id(details.repo)
-    files, options = {}, {"model": details.model, "items": details.items, "host": "0.0.0.0"}
+    files: dict[str, Path] = {}
+    options = {"model": details.model, "items": details.items, "host": "0.0.0.0"}
     for name, folder in (("index", details.index), ("visual_index", details.visual_index)):
         if folder is not None:
             files |= index_files(Path(folder), name, staging)

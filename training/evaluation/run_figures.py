@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -13,7 +13,6 @@ from training.evaluation.evidence import MeasureOptions, evaluate_model, write_r
 from training.evaluation.saliency import measure_saliency
 from training.evaluation.slices import count_in_pairs
 from training.trainer.arguments import DataArguments
-from training.trainer.batches import PairCollator
 from training.trainer.data import RunData
 from training.trainer.trainer import NoteLLM2Trainer
 from training.trainer.vision_cache import VisionCache
@@ -93,7 +92,7 @@ class RunFigures:
         return list(
             views(
                 self.trainer.model,
-                cast(PairCollator, self.trainer.data_collator).collate_items,
+                self.trainer.data_collator.collate_items,
                 self.data.eval_items,
                 self.data.eval_pairs,
                 arguments.per_device_eval_batch_size,
@@ -134,7 +133,7 @@ def explain(trainer: NoteLLM2Trainer, data: RunData) -> dict[str, Any]:
             pairs.append((data.eval_items[query], data.eval_items[target]))
     if len(pairs) < 2:
         return {}
-    collate: Any = cast(PairCollator, trainer.data_collator).collate_items
+    collate: Any = trainer.data_collator.collate_items
     return asdict(measure_saliency(trainer.model, trainer.processing_class, collate, pairs))
 
 

@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from torch.utils.data import BatchSampler, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import AutoModel, AutoProcessor, set_seed
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
@@ -152,9 +153,8 @@ def measure_variant(
     data: RunData,
 ) -> Metrics:
     """A variant of NoteLLM-2."""
-    model, processor = build(options.model, settings)
-    if options.lora_r:
-        model = with_lora(model, options)
+    plain, processor = build(options.model, settings)
+    model = with_lora(plain, options) if options.lora_r else plain
     features = vision_features(model, processor, data.items, tables, arguments)
     trainer = make_trainer(model, processor, data, features, tables, arguments)
     trainer.train()
@@ -260,6 +260,6 @@ def train_minilm(model: SentenceTransformer, anchors: list[str], positives: list
     ).train()
 
 
-def in_order(dataset: datasets.Dataset, batch_size: int, **_: Any) -> BatchSampler:
+def in_order(dataset: datasets.Dataset, batch_size: int, **_: Any) -> DefaultBatchSampler:
     """Rows as they stand: they were ordered into batches before."""
-    return BatchSampler(SequentialSampler(dataset), batch_size, drop_last=True)
+    return DefaultBatchSampler(SequentialSampler(dataset), batch_size, drop_last=True)

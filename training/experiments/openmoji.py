@@ -94,7 +94,8 @@ def read_archive(path: Path) -> dict[str, bytes]:
     try:
         with tarfile.open(path) as archive:
             wanted = (m for m in archive if m.isfile() and (m.name == DATA or m.name.startswith(f"{DRAWINGS}/")))
-            files = {member.name: archive.extractfile(member).read() for member in wanted}
+            opened = ((member.name, archive.extractfile(member)) for member in wanted)
+            files = {name: file.read() for name, file in opened if file is not None}
     except (OSError, tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path}: not a readable .tgz archive ({error}).") from error
     if DATA not in files:

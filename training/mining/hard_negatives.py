@@ -84,6 +84,7 @@ def mine_negatives(
 
 def _build_index(vectors: np.ndarray) -> faiss.Index:
     """Inner products, exact for few vectors; for many, 4 sqrt(n) inverted lists of which 32 are looked at."""
+    index: faiss.Index
     if len(vectors) <= EXACT:
         index = faiss.IndexFlatIP(vectors.shape[1])
     else:
@@ -91,7 +92,7 @@ def _build_index(vectors: np.ndarray) -> faiss.Index:
             vectors.shape[1], f"IVF{int(4 * len(vectors) ** 0.5)},Flat", faiss.METRIC_INNER_PRODUCT
         )
         index.train(vectors)
-        index.nprobe = 32
+        faiss.extract_index_ivf(index).nprobe = 32
     index.add(vectors)
     return index
 

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 from transformers import HfArgumentParser
+from transformers.hf_argparser import DataClassType
 
 
 DONE, FAILED, WRONG_OPTIONS, DONE_WITH_REJECTS = 0, 1, 2, 3
@@ -115,7 +116,7 @@ class OptionParser(HfArgumentParser):
     """
 
     def __init__(self, *kinds: type, **settings: Any):
-        super().__init__(kinds, **settings)
+        super().__init__([DataClassType(kind) for kind in kinds], **settings)
         self.add_argument(TRACEBACK, action="store_true", help="Show where an error arose.")
 
     def read(self, options: Sequence[str] | None = None) -> tuple[Any, ...]:

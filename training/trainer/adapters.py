@@ -9,7 +9,7 @@ import copy
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -79,8 +79,9 @@ def with_lora(model: NoteLLM2Model, arguments: ModelArguments) -> PeftModel:
     names = trained_in_full(model)
     if arguments.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if os.path.isdir(model.name_or_path):  # the adapter must find its base from any working directory
-        model.name_or_path = os.path.abspath(model.name_or_path)
+    folder = model.name_or_path
+    if folder and os.path.isdir(folder):  # the adapter must find its base from any working directory
+        model.name_or_path = os.path.abspath(folder)
     lora = LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
@@ -134,7 +135,8 @@ def _train_in_full(model: PeftModel, names: list[str]) -> None:
 
 def unwrap_adapter(model: nn.Module) -> NoteLLM2Model:
     """The NoteLLM-2 model itself, without an adapter around it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(NoteLLM2Model, base)  # not by isinstance: a folder may bring its own copy of the class
 
 
 def save_gathered(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
@@ -161,7 +163,7 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None
     Args:
         state: the gathered weights where they are spread over processes; the model's own if left out.
     """
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(str(folder), state_dict=state)
     named = ((name.replace(CHECKPOINTED, ""), p) for name, p in model.named_parameters())
     full = {name for name, p in named if p.requires_grad and f".{LLM}." not in name}
     state = model.state_dict() if state is None else state

@@ -167,8 +167,12 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             "choices": list(DTYPES),
         },
     )
-    bf16: bool | None = field(default=None, metadata={"help": "The same as --dtype bfloat16; false: never bfloat16."})
-    fp16: bool | None = field(default=None, metadata={"help": "The same as --dtype float16."})
+    bf16: bool | None = field(  # type: ignore[assignment]  # transformers has no way to tell false from not given
+        default=None, metadata={"help": "The same as --dtype bfloat16; false: never bfloat16."}
+    )
+    fp16: bool | None = field(  # type: ignore[assignment]  # as bf16
+        default=None, metadata={"help": "The same as --dtype float16."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     report_to: None | str | list[str] = field(  # noqa: RUF036 (the order that HfArgumentParser reads)
         default="tensorboard", metadata={"help": "Where the log goes: tensorboard, trackio, wandb, none."}

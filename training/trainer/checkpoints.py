@@ -31,6 +31,12 @@ def mark_whole(checkpoint: Path) -> None:
     write_json({str(path.relative_to(checkpoint)): path.stat().st_size for path in files}, checkpoint / RECORD)
 
 
+def output_folder(args: TrainingArguments) -> Path:
+    """Where a run writes; `TrainingArguments` has a folder of its own where none was named."""
+    assert args.output_dir is not None
+    return Path(args.output_dir)
+
+
 class WholeCheckpoints(TrainerCallback):
     """Marks each checkpoint when all processes have written their part, and only then deletes older ones.
 
@@ -53,7 +59,7 @@ class WholeCheckpoints(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A checkpoint that is about to be written again is not whole meanwhile."""
         if args.should_save and control.should_save:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / RECORD).unlink(missing_ok=True)
+            (output_folder(args) / f"checkpoint-{state.global_step}" / RECORD).unlink(missing_ok=True)
 
     on_epoch_end = on_step_end
 
@@ -61,9 +67,10 @@ class WholeCheckpoints(TrainerCallback):
         """Mark the new checkpoint, then delete those beyond the limit."""
         PartialState().wait_for_everyone()
         if args.should_save and not state.is_hyper_param_search:
-            mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            folder = output_folder(args)
+            mark_whole(folder / f"checkpoint-{state.global_step}")
             rotate_checkpoints(
-                output_dir=args.output_dir,
+                output_dir=str(folder),
                 save_total_limit=self.limit,
                 best_model_checkpoint=state.best_model_checkpoint,
             )
@@ -97,7 +104,8 @@ class LossSoFar(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Go on where the checkpoint's run stood; start at zero without one."""
-        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
+        states: Any = state.stateful_callbacks  # annotated as a list, but the Trainer's is a dict by class name
+        kept = states.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
         self.sum, self.batches = kept.get("sum", 0.0), kept.get("batches", 0)
 
 

@@ -158,7 +158,7 @@ class PairLossOutput(ModelOutput):
             the multimodal embedding at full width.
     """
 
-    loss: Tensor | None = None
+    loss: Tensor
     multimodal_loss: Tensor | None = None
     visual_loss: Tensor | None = None
     in_batch_recall: Tensor | None = None
@@ -222,7 +222,8 @@ class PairLoss:
             counts.append((batch.is_row & shown).sum())
             weights.append(self.visual_weight)
         shares = [sum_ / count.clamp(min=1) for sum_, count in zip(sums, counts, strict=True)]
-        total = sum(weight * share for weight, share in zip(weights, shares, strict=True)) / sum(weights)
+        total = sum((weight * share for weight, share in zip(weights, shares, strict=True)), multimodal.new_zeros(()))
+        total = total / sum(weights)
 
         values = sum_over_processes(torch.stack([*shares, total, hits.sum() / counts[0].clamp(min=1)]))
         return PairLossOutput(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modeling_notellm2 import NoteLLM2Model
 from training.trainer.losses import Entries, PairLossOutput
 
 
@@ -26,14 +27,14 @@ class TrainingMonitor:
     """
 
     def __init__(self) -> None:
-        self.model: Any = None
+        self.model: NoteLLM2Model | None = None
         self.logit_scale: Tensor | None = None
         self.sums: dict[str, list[Tensor]] = defaultdict(list)
         self.items = 0
         self.waited = 0.0
         self.since = time.monotonic()
 
-    def watch(self, model: nn.Module) -> None:
+    def watch(self, model: NoteLLM2Model) -> None:
         """Look at this NoteLLM-2 model's gate and reduction from now on, in training mode only."""
         if model is self.model:
             return
@@ -86,12 +87,12 @@ class TrainingMonitor:
         return figures
 
     def _watch_gate(self, gate: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if self.model.training:
+        if self.model is not None and self.model.training:
             visual = inputs[0][..., output.shape[-1] :]  # behind the hidden state; zero for items without an image
             shown = visual.detach().any(-1)
             if shown.any():
                 self.sums["gate_mean"].append(output.detach()[shown].sigmoid().mean())
 
     def _watch_norm(self, reduction: nn.Module, inputs: Any, output: Tensor) -> None:
-        if self.model.training:
+        if self.model is not None and self.model.training:
             self.sums["embedding_norm"].append(output.detach().float().norm(dim=-1).mean())

@@ -13,7 +13,7 @@ import torch.distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from training.tables.commands import Stopped
-from training.trainer.checkpoints import newest_checkpoint
+from training.trainer.checkpoints import newest_checkpoint, output_folder
 
 
 @contextmanager
@@ -35,18 +35,18 @@ def stoppable(trainer: Trainer) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         number = stop.signal_number if isinstance(stop, Stopped) else signal.SIGINT
-        raise Stopped(number, how_to_go_on(Path(trainer.args.output_dir), with_checkpoints)) from stop
+        raise Stopped(number, how_to_go_on(output_folder(trainer.args), with_checkpoints)) from stop
     except Exception as error:
         if not ending.asked:
             raise
         # The signal went to the data loader's workers too, and their end arrived before the step's.
-        raise Stopped(signal.SIGTERM, how_to_go_on(Path(trainer.args.output_dir), with_checkpoints)) from error
+        raise Stopped(signal.SIGTERM, how_to_go_on(output_folder(trainer.args), with_checkpoints)) from error
     finally:
         if waits:
             signal.signal(signal.SIGTERM, before)
             trainer.remove_callback(ending)
     if ending.asked:
-        raise Stopped(signal.SIGTERM, how_to_go_on(Path(trainer.args.output_dir), with_checkpoints))
+        raise Stopped(signal.SIGTERM, how_to_go_on(output_folder(trainer.args), with_checkpoints))
 
 
 def how_to_go_on(output: Path, with_checkpoints: bool) -> str:

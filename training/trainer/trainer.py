@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
-from modeling_notellm2 import NoteLLM2Model
+from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
 from training.trainer.adapters import save_adapter, save_gathered, unwrap_adapter
 from training.trainer.arguments import NoteLLM2TrainingArguments
-from training.trainer.batches import PairDataset
+from training.trainer.batches import PairCollator, PairDataset
 from training.trainer.checkpoints import LossSoFar, WholeCheckpoints
 from training.trainer.distributed import gathered_once, gathered_state, layer_classes, shard_on_cpu, world_size
 from training.trainer.grad_cache import GradCache
@@ -47,6 +47,10 @@ class NoteLLM2Trainer(Trainer):
     # The loss is the mean over a batch's own pairs; Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
     args: NoteLLM2TrainingArguments
+    model: NoteLLM2Model | PeftModel
+    train_dataset: PairDataset
+    data_collator: PairCollator
+    processing_class: NoteLLM2Processor
 
     def __init__(
         self,
@@ -190,7 +194,6 @@ class NoteLLM2Trainer(Trainer):
 
     def record_losses(self, losses: PairLossOutput, item_index: Tensor, logit_scale: Tensor) -> None:
         """Keep the figures for the log; a loss that is no number ends the run here, with the items that gave it."""
-        assert losses.loss is not None
         if not torch.isfinite(losses.loss):
             items = self.train_dataset.items
             ids = [items.item_ids[position] for position in item_index.tolist()]
@@ -242,7 +245,10 @@ class NoteLLM2Trainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, over `parameter_groups`."""
         if self.optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(
+                self.args,
+                self.model,  # type: ignore[arg-type]  # Trainer itself hands adapters over
+            )
             self.optimizer = optimizer_class(parameter_groups(model or self.model, self.args), **options)
         return self.optimizer
 

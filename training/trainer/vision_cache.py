@@ -111,8 +111,9 @@ class VisionCache:
         Raises:
             ValueError: when one of them is not stored.
         """
-        stored = [self.find(content_key(read_encoded(source))) for source in image_sources(item.get("image"))]
-        if None in stored:
+        places = [self.find(content_key(read_encoded(source))) for source in image_sources(item.get("image"))]
+        stored = [place for place in places if place is not None]
+        if len(stored) < len(places):
             raise ValueError(
                 f"item_id {item.get('item_id')!r}: its image is not in {self.folder}; raise vision_cache_gb."
             )

@@ -93,7 +93,9 @@ def _check(predictions, references, k, tile):
 
 def _published(pairs, row_of):
     """The walk of the published protocol: one target of each query, and who is a candidate."""
-    kept, seen, unknown, repeated = {}, set(), 0, 0
+    kept: dict[int, list[int]] = {}
+    seen: set[str] = set()
+    unknown, repeated = 0, 0
     for query, target in pairs:
         if query not in row_of or target not in row_of:
             unknown += 1
@@ -109,7 +111,8 @@ def _published(pairs, row_of):
 
 def _multi_positive(pairs, row_of):
     """All targets of each query, and all items as candidates."""
-    kept, unknown, repeated = {}, 0, 0
+    kept: dict[int, dict[int, None]] = {}
+    unknown, repeated = 0, 0
     for query, target in pairs:
         if query not in row_of or target not in row_of:
             unknown += 1
@@ -153,8 +156,8 @@ def _ranks(embeddings, targets, in_pool, tile):
             for first in range(0, len(columns), tile):
                 some = slice(first, first + tile)
                 before[some] += (against[rows[some]] >= scores[some, None] - TIE).sum(1)
-        for row in range(len(queries)):
-            own = rows == row
+        for number in range(len(queries)):
+            own = rows == number
             place = np.argsort(np.argsort(-scores[own], kind="stable"), kind="stable")
             ranks.append(before[own] + place + 1)
     return ranks
@@ -162,7 +165,8 @@ def _ranks(embeddings, targets, in_pool, tile):
 
 def _groups(targets, tile):
     """Queries in groups of at most `tile` targets, or of one query."""
-    group, size = [], 0
+    group: list[int] = []
+    size = 0
     for query, own in targets.items():
         if group and size + len(own) > tile:
             yield group

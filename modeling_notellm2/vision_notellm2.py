@@ -149,8 +149,8 @@ def vision_width(
     """
     with torch.device("meta"):
         unreal = build_vision_encoder(copy.deepcopy(vision_config)).eval()
-    name, parameters = type(unreal).__name__, inspect.signature(unreal.forward).parameters
-    _check_inputs(name, parameters)
+    check_inputs(unreal)
+    parameters = inspect.signature(unreal.forward).parameters
     probes: list[Callable[[], PreTrainedModel]] = [lambda: unreal] if _takes_pictures(parameters) else []
     probes.append(lambda: build_vision_encoder(copy.deepcopy(vision_config)).eval() if encoder is None else encoder)
     reason: Exception | None = None
@@ -164,7 +164,26 @@ def vision_width(
                 reason = error
     if isinstance(reason, ValueError) and EXPECTED in str(reason):
         raise reason
-    raise ValueError(f"{name} can't be read as a vision encoder ({reason}). {EXPECTED}") from reason
+    raise ValueError(_unreadable(unreal, parameters, reason)) from reason
+
+
+def _unreadable(encoder: PreTrainedModel, parameters: Any, reason: Exception | None) -> str:
+    """Why an encoder understands none of the pictures it was shown: a video's, with inputs of its own, or another shape."""
+    name = type(encoder).__name__
+    frames = getattr(encoder.config, "num_frames", None)
+    if frames and frames > 1:
+        return f"{name} reads videos of {frames} frames, not single pictures. {EXPECTED}"
+    own = [
+        parameter.name
+        for parameter in parameters.values()
+        if "Tensor" in str(parameter.annotation) and parameter.name not in {*PIXELS, *KNOWN_INPUTS, *IDLE_INPUTS}
+    ]
+    if own:
+        return f"{name} can't be read as a vision encoder: beside its pictures it takes {', '.join(own)}. {EXPECTED}"
+    height, width = _picture_size(encoder.config)
+    pictures = f"pictures (n, c, {height}, {width})"
+    taken = pictures if _takes_pictures(parameters) else "patches in a form that is known here"
+    return f"{name} can't be read as a vision encoder: it does not take {taken}. {EXPECTED} Its own error was: {reason}"
 
 
 def _takes_pictures(parameters: Any) -> bool:
@@ -193,8 +212,9 @@ def _probe_inputs(encoder: PreTrainedModel, parameters: Any) -> Iterator[tuple[t
         yield torch.zeros(1, side * side, *shape, **like), sizes
 
 
-def _check_inputs(name: str, parameters: Any) -> None:
-    """That an encoder asks for pictures and for nothing that only a text or a video has."""
+def check_inputs(encoder: PreTrainedModel) -> None:
+    """Checks that an encoder asks for pictures and for nothing that only a text or a video has; ValueError if not."""
+    name, parameters = type(encoder).__name__, inspect.signature(encoder.forward).parameters
     needed = [
         parameter.name
         for parameter in parameters.values()
@@ -239,6 +259,8 @@ def _of_one_size(
         tokens, pooled = (outputs[feature_layer] if outputs.dim() == 4 else outputs), None
     else:
         tokens, pooled = getattr(outputs, "last_hidden_state", None), getattr(outputs, "pooler_output", None)
+        if tokens is None and getattr(outputs, "feature_maps", None):  # HGNet-V2, which is a backbone alone
+            tokens = outputs.feature_maps[-1]
     if isinstance(tokens, torch.Tensor) and tokens.dim() == 3 and tokens.shape[0] == 1 < images:
         tokens = tokens.reshape(images, -1, tokens.shape[-1])  # Pixtral: all pictures in one row
     if not isinstance(tokens, torch.Tensor) or tokens.dim() not in (3, 4) or tokens.shape[0] != images:
@@ -301,7 +323,11 @@ def _leads_with_class_token(vision_model: PreTrainedModel, tokens: torch.Tensor,
     if not has_class_token(vision_model):
         return False
     patch_size = getattr(vision_model.config, "patch_size", None)
-    return not isinstance(patch_size, int) or tokens.shape[1] > math.prod(_grid(pixels, patch_size))
+    if isinstance(patch_size, int):
+        return tokens.shape[1] > math.prod(_grid(pixels, patch_size))
+    shape = pixels.shape[-2] / pixels.shape[-1]
+    height, width = round(math.sqrt(tokens.shape[1] * shape)), round(math.sqrt(tokens.shape[1] / shape))
+    return tokens.shape[1] != height * width  # patches alone are a grid of the picture's shape
 
 
 def _grid(pixels: torch.Tensor, patch_size: int) -> tuple[int, int]:
@@ -400,6 +426,8 @@ READERS: dict[str, Callable[..., VisionFeatures]] = {
     "aspect_ratio_ids": _of_tiles,
 }
 KNOWN_INPUTS = {*READERS, "merge_sizes", "pixel_attention_mask", "aspect_ratio_mask", "image_mask"}
+# What encoders take for training or for other tasks, and do without.
+IDLE_INPUTS = {"bool_masked_pos", "head_mask", "attention_mask", "pixel_mask", "patch_attention_mask", "labels"}
 
 
 def _need_patches(

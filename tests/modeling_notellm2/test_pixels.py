@@ -116,6 +116,7 @@ def image_processors() -> dict[str, str]:
 PICTURES = [photo(300, 200), photo(120, 260, 1), photo(224, 224, 2)]
 
 
+@pytest.mark.slow
 def test_every_image_processor_is_right_or_refused():
     """No picture's pixels depend on its neighbours, and what gives no pixels says so."""
     right, refused = [], {}

@@ -1,10 +1,12 @@
 """Every vision encoder of the installed transformers, joined: right in every check, or refused with a sentence."""
 
 import pytest
+import torch
 from transformers.utils import logging
 
+from modeling_notellm2.vision_notellm2 import vision_features
 from tests.support.vision_checks import examine
-from tests.support.vision_families import encoder_types, tower_types
+from tests.support.vision_families import encoder_types, tiny_config, tiny_encoder, tower_types
 
 
 # What people use, and one of each way in which an encoder takes its pictures or returns its tokens.
@@ -22,6 +24,7 @@ USED = [
     "dinov3_vit",
     "efficientnet",
     "gemma4_vision",
+    "hgnet_v2",
     "idefics3_vision",
     "ijepa",
     "llama4_vision_model",
@@ -59,12 +62,39 @@ def test_an_encoder_of_each_kind_is_right(model_type, tmp_path):
     assert finding.status == "right", finding.note
 
 
+@pytest.mark.parametrize(
+    ("model_type", "sentence"),
+    [
+        ("videomae", "VideoMAEModel reads videos of 16 frames, not single pictures"),
+        ("xclip_vision_model", "XCLIPVisionModel reads videos of 8 frames, not single pictures"),
+        ("minicpmv4_6_vision", "beside its pictures it takes target_sizes"),
+        ("molmo2_vision", "does not take pictures (n, c, 64, 64)"),
+        ("inkling2_vision", "does not take patches in a form that is known here"),
+        ("imagegpt", "it takes input_ids"),
+    ],
+)
+def test_what_an_encoder_takes_instead_is_said(model_type, sentence, tmp_path):
+    finding = examine(model_type, tmp_path)
+    assert finding.status == "refused"
+    assert sentence in finding.note
+
+
+def test_a_class_token_that_is_taken_off_is_no_summary():
+    """Unlimited-OCR's tower has one, takes it off, and has no patch size of its own to count by."""
+    encoder = tiny_encoder(tiny_config("unlimited_ocr_vision"))
+    with torch.no_grad():
+        features = vision_features(encoder, torch.randn(2, 3, 64, 64))
+    torch.testing.assert_close(features.pooler_output, features.last_hidden_state.mean(1))
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # all families of transformers, one after the other; about 40 seconds of one core
 def test_every_family_is_right_or_refused(tmp_path):
     findings = {}
     for number, model_type in enumerate([*encoder_types(), *tower_types()]):
         findings[model_type] = examine(model_type, tmp_path / str(number))
     assert {name: finding.note for name, finding in findings.items() if finding.status == "wrong"} == {}
+    assert {name: finding.note for name, finding in findings.items() if finding.status == "untried"} == {}
     assert {name: findings[name] for name in USED if findings[name].status != "right"} == {}
     refused = [finding.note for finding in findings.values() if finding.status == "refused"]
     assert refused

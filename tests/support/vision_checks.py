@@ -18,12 +18,13 @@ from transformers.utils import logging
 
 from modeling_notellm2 import NoteLLM2Model
 from modeling_notellm2.vision_notellm2 import _probe_inputs, vision_features
+from tests.support.family_checks import VISION_SECTION
 from tests.support.vision_families import encoder_types, tiny_config, tiny_encoder, tower_types
 
 
 QFORMER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 TOLERANCE = 1e-4
-BEGIN, END = "<!-- vision encoders: begin -->", "<!-- vision encoders: end -->"
+BEGIN, END = VISION_SECTION, "<!-- vision encoders: end -->"
 
 
 @dataclass(frozen=True)

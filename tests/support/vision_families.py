@@ -18,12 +18,14 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from modeling_notellm2.towers_notellm2 import TOWER_CONFIGS, build_vision_encoder
+from modeling_notellm2.vision_notellm2 import check_inputs
 
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "embed_dim": 32,
     "d_model": 32,
+    "n_embd": 32,
     "out_hidden_size": 32,
     "intermediate_size": 64,
     "mlp_dim": 64,
@@ -33,6 +35,8 @@ SMALL: dict[str, Any] = {
     "encoder_layers": 2,
     "num_attention_heads": 4,
     "num_heads": 4,
+    "n_layer": 2,
+    "n_head": 4,
     "num_key_value_heads": 4,
     "encoder_attention_heads": 4,
     "head_dim": 8,
@@ -54,10 +58,24 @@ LARGEST = 20_000_000
 FIELDS: dict[str, dict[str, Any]] = {
     "align_vision_model": {"width_coefficient": 0.5, "depth_coefficient": 0.2, "hidden_dim": 640},
     "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.2, "hidden_dim": 640},
+    "apertus1p5_vision_tokenizer": {"base_channels": 32, "codebook_size": 64, "num_res_blocks": 1},
     "bit": {"num_groups": 4, "embedding_size": 16},
     "bridgetower_vision_model": {"hidden_size": 64, "num_attention_heads": 1},
     "donut-swin": {"num_heads": [2, 2, 2, 2], "window_size": 2, "patch_size": 4},
     "maskformer-swin": {"num_heads": [2, 2, 2, 2], "window_size": 2, "patch_size": 4},
+    "deepseek_ocr2_sam_vision_model": {"output_channels": 16, "downsample_channels": [16, 32]},
+    "unlimited_ocr_sam_vision_model": {"output_channels": 16, "downsample_channels": [16, 32]},
+    "depth_pro": {"patch_size": 64},
+    "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, 2], "adapter_in_dim": 32},
+    "inkling_vision": {"patch_size": 8, "num_hidden_layers": 6, "text_hidden_size": 32},
+    "sam2_vision_model": {"backbone_channel_list": [128, 64, 32, 16], "fpn_hidden_size": 16},
+    "sam2_hiera_det_model": {
+        "hidden_size": 16,
+        "embed_dim_per_stage": [16, 32, 64, 128],
+        "blocks_per_stage": [1, 1, 1, 1],
+    },
+    "textnet": {"hidden_sizes": [64, 16, 32, 32, 64]},
+    "florence_vision": {"embed_dim": [16, 16, 32, 32], "num_heads": [2, 2, 2, 2], "num_groups": [2, 2, 2, 2]},
     "pvt_v2": {"num_attention_heads": [1, 2, 4, 8]},
     "yolos": {"image_size": [32, 32], "patch_size": 8},
     "hiera": {"image_size": [224, 224], "patch_size": [7, 7]},
@@ -116,12 +134,15 @@ def tower_types() -> list[str]:
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """The default config of a family, shrunk."""
-    config_class = CONFIG_MAPPING[model_type]
-    default = config_class()
+    return _shrunk(CONFIG_MAPPING[model_type]())
+
+
+def _shrunk(default: PreTrainedConfig) -> PreTrainedConfig:
     changes: dict[str, Any] = {}
-    for name in vars(default):
-        value = getattr(default, name, None)
-        if isinstance(value, (list, tuple)):
+    for name, value in vars(default).items():
+        if isinstance(value, PreTrainedConfig):
+            changes[name] = _shrunk(value)
+        elif isinstance(value, (list, tuple)):
             like = type(value)
             if name in WIDTHS:
                 changes[name] = like(16 * 2**stage for stage in range(len(value)))
@@ -131,7 +152,7 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
                 changes[name] = like([SMALL[name]] * len(value))
         elif name in SMALL and isinstance(value, int) and (name != "patch_size" or value > 8):
             changes[name] = SMALL[name]
-    return config_class(**{**changes, **FIELDS.get(model_type, {})})
+    return type(default)(**{**changes, **FIELDS.get(default.model_type, {})})
 
 
 @torch.no_grad()
@@ -143,7 +164,9 @@ def tiny_encoder(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         ValueError, ImportError: as `build_vision_encoder`.
     """
     with torch.device("meta"):
-        size = sum(weight.numel() for weight in build_vision_encoder(copy.deepcopy(config)).parameters())
+        unreal = build_vision_encoder(copy.deepcopy(config))
+    check_inputs(unreal)  # what joining would refuse needs no weights
+    size = sum(weight.numel() for weight in unreal.parameters())
     if size > LARGEST:
         raise MemoryError(f"no tiny config: {size:,} parameters")
     torch.manual_seed(seed)

@@ -1,15 +1,20 @@
 """Pictures of any size: alone as in a batch, from image processor through collator, cache, chunks, catalogue and encode."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import LlamaConfig, LlamaModel
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaModel
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
+from hub.encode import encode
 from modeling_notellm2 import ItemError, NoteLLM2Model, NoteLLM2Processor
 from modeling_notellm2.pixels_notellm2 import join_pictures, keeps_sizes, one_picture_each, picture_pixels
+from tests.support.catalogue import arguments, read_shards, vectors, write_items
 from tests.support.models import QFORMER, make_image_processor, make_tokenizer
 from tests.support.vision_families import tiny_config, tiny_encoder
 from training.trainer.batches import ItemCollator, cache_vision_features
@@ -91,6 +96,44 @@ def test_pictures_of_any_size_are_the_same_on_every_way(kind, tmp_path):
 
     other = [{**item, "image": photo(64, 64, 9)} if "image" in item else item for item in ITEMS]
     assert (model(**processor(other, return_tensors="pt")).embeddings - expected)[0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "siglip2"])
+def test_sentence_transformers_and_the_catalogue_encoder_take_pictures_of_any_size(kind, tmp_path):
+    """A saved folder gives what `AutoModel` gives for each item alone."""
+    model, processor = native(kind)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    alone = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    reader = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        outputs = [alone(**reader([item], return_tensors="pt")) for item in ITEMS]
+    expected = torch.cat([output.embeddings for output in outputs]).numpy()
+
+    encoder = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    for batch_size in (1, 4):
+        np.testing.assert_allclose(encoder.encode(ITEMS, batch_size=batch_size), expected, atol=2e-5, rtol=0)
+
+    rows = [{"title": None, **item, "image": as_png(item.get("image"))} for item in ITEMS]
+    encode(arguments(folder, write_items(rows, tmp_path / "items.parquet"), tmp_path / "shards", visual=True))
+    shards = read_shards(tmp_path / "shards")
+    assert shards.column("item_id").to_pylist() == [item["item_id"] for item in ITEMS]
+    np.testing.assert_allclose(vectors(shards), expected, atol=2e-5, rtol=0)
+    visual = torch.cat([output.visual_embeddings for output in outputs]).numpy()
+    np.testing.assert_allclose(vectors(shards, "visual_embedding"), visual, atol=2e-5, rtol=0)
+    assert visual.any(1).tolist() == [True, False, True, True]
+
+
+def as_png(source: Image.Image | list[Image.Image] | None) -> list[bytes] | None:
+    """An item's pictures as a table holds them."""
+    if source is None:
+        return None
+    streams = []
+    for picture in source if isinstance(source, list) else [source]:
+        picture.save(stream := io.BytesIO(), "PNG")
+        streams.append(stream.getvalue())
+    return streams
 
 
 def test_max_pixels_bounds_a_pictures_patches():

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from transformers import AutoModel
 from transformers.utils import logging
 
+from modeling_notellm2 import NoteLLM2Model
 from modeling_notellm2.vision_notellm2 import vision_features
-from tests.support.vision_checks import examine
+from tests.support.families import strengthen
+from tests.support.vision_checks import embed, examine, join, pictures
 from tests.support.vision_families import encoder_types, tiny_config, tiny_encoder, tower_types
 
 
@@ -77,6 +80,28 @@ def test_what_an_encoder_takes_instead_is_said(model_type, sentence, tmp_path):
     finding = examine(model_type, tmp_path)
     assert finding.status == "refused"
     assert sentence in finding.note
+
+
+@pytest.mark.parametrize("composite", ["blip", "owlvit", "qwen2_vl"])
+@torch.no_grad()
+def test_the_tower_of_a_whole_composite_is_taken_out_and_saved(composite, tmp_path):
+    torch.manual_seed(0)
+    whole = AutoModel.from_config(tiny_config(composite)).eval()
+    strengthen(whole)
+    whole.save_pretrained(tmp_path / "whole")
+    model = join(str(tmp_path / "whole"))
+    (tower,) = [part for part in whole.modules() if type(part) is type(model.vision_model)]
+    inputs = pictures(tower)
+    features, own = model.get_vision_features(**inputs), vision_features(tower, **inputs)
+    torch.testing.assert_close(features.last_hidden_state, own.last_hidden_state)
+
+    expected = embed(model, inputs)
+    assert (expected[0] - expected[1]).abs().amax(-1).min() > 1e-3
+    model.save_pretrained(tmp_path / "joined")
+    loaded, info = NoteLLM2Model.from_pretrained(tmp_path / "joined", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(loaded.vision_model) is type(tower)
+    torch.testing.assert_close(embed(loaded.eval(), inputs), expected, atol=2e-5, rtol=0)
 
 
 def test_a_class_token_that_is_taken_off_is_no_summary():

@@ -62,8 +62,8 @@ def examine(model_type: str, folder: Path) -> Finding:
         return Finding("wrong", one_line(error))
 
 
-def join(encoder: PreTrainedModel) -> NoteLLM2Model:
-    """The encoder with a tiny LLM; random query tokens, so that pictures matter from the start."""
+def join(encoder: PreTrainedModel | str) -> NoteLLM2Model:
+    """The encoder, or a folder's, with a tiny LLM; random query tokens, so that pictures matter from the start."""
     torch.manual_seed(1)
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2}
     text = LlamaModel(LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=32, **heads))

@@ -138,6 +138,7 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 
 def _shrunk(default: PreTrainedConfig) -> PreTrainedConfig:
+    """The config with the configs inside it shrunk as well."""
     changes: dict[str, Any] = {}
     for name, value in vars(default).items():
         if isinstance(value, PreTrainedConfig):

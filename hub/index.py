@@ -179,13 +179,13 @@ class Index:
         most = min(k + 1, len(self.ids))
         scores, rows = self.faiss_index.search(np.ascontiguousarray(vectors, dtype=np.float32), most)
         results = []
-        for of_query, own, found in zip(scores.tolist(), own_rows, rows.tolist(), strict=True):
-            kept = [(row, score) for row, score in zip(found, of_query, strict=True) if row not in (-1, own)][:k]
-            described = self.ids.take(pa.array([row for row, _ in kept], pa.int64())).to_pylist()
+        for row_scores, own, nearest in zip(scores.tolist(), own_rows, rows.tolist(), strict=True):
+            others = [(row, score) for row, score in zip(nearest, row_scores, strict=True) if row not in (-1, own)][:k]
+            described = self.ids.take(pa.array([row for row, _ in others], pa.int64())).to_pylist()
             results.append(
                 [
-                    Neighbour(one["item_id"], score, one.get("title"))
-                    for one, (_, score) in zip(described, kept, strict=True)
+                    Neighbour(item["item_id"], score, item.get("title"))
+                    for item, (_, score) in zip(described, others, strict=True)
                 ]
             )
         return results
@@ -359,8 +359,8 @@ def search(arguments: SearchArguments) -> Table:
     table = Table(title=Text(f"Nearest to {name} of {len(index.ids):,} items"), title_justify="left")
     for column in ("#", "score", "item_id", "title"):
         table.add_column(column, justify="right" if column in ("#", "score") else "left", overflow="fold")
-    for number, found in enumerate(index.search(queries, arguments.k)[0], 1):
-        table.add_row(str(number), f"{found.score:.4f}", printable(found.item_id), printable(found.title or ""))
+    for number, near in enumerate(index.search(queries, arguments.k)[0], 1):
+        table.add_row(str(number), f"{near.score:.4f}", printable(near.item_id), printable(near.title or ""))
     return table
 
 

@@ -136,10 +136,10 @@ def mine_side(backend: BaseBackend, log: Table, arguments: MiningArguments, outp
         for part in parts:
             queries = events.filter(events["item"].between(int(part["first"]), int(part["last"])))
             with kept(backend, cooccurrences(queries, events, arguments)) as pairs:
-                found = count_filtered(pairs, arguments).execute().iloc[0].tolist()
+                left = count_filtered(pairs, arguments).execute().iloc[0].tolist()
                 table = best_targets(pairs, item_ids, arguments).to_pyarrow()
             writer.write_table(table.cast(PAIR_SCHEMA))
-            for label, count in zip([*labels, best], [*found, len(table)], strict=True):
+            for label, count in zip([*labels, best], [*left, len(table)], strict=True):
                 counts[label] += int(count)
             bar.update(int(part["candidates"]))
         if not counts[best]:

@@ -200,12 +200,12 @@ def evaluate_in_training(
     """
     embedded = embed(model, items, collate, batch_size, "evaluation items", num_workers)
     metrics = measure("both", embedded.embeddings, list(range(len(items))), pairs, labels)
-    found = {name.removeprefix("both/"): value for name, value in metrics.items()}
+    flat = {name.removeprefix("both/"): value for name, value in metrics.items()}
     shown = embedded.has_image.nonzero().flatten().tolist()
     if embedded.visual_embeddings is not None and _has_pair(shown, pairs):
         metrics = measure("visual", embedded.visual_embeddings[shown], shown, pairs, labels)
-        found |= {name.replace("/", "_"): value for name, value in metrics.items()}
-    return found
+        flat |= {name.replace("/", "_"): value for name, value in metrics.items()}
+    return flat
 
 
 def measure(

@@ -64,10 +64,10 @@ def multi_positive_metrics(result: MultiPositiveResult, ks: Sequence[int]) -> Pe
     metrics: PerQuery = {}
     gains = np.concatenate([[0.0], np.cumsum(_discount(np.arange(1, targets.max(initial=0) + 1)))])
     for k in ks:
-        found = np.bincount(query_of, ranks <= k, minlength=queries)
+        hits = np.bincount(query_of, ranks <= k, minlength=queries)
         gain = np.bincount(query_of, np.where(ranks <= k, _discount(ranks), 0.0), minlength=queries)
-        metrics[f"recall@{k}"] = found / targets
-        metrics[f"hit_rate@{k}"] = (found > 0).astype(np.float64)
+        metrics[f"recall@{k}"] = hits / targets
+        metrics[f"hit_rate@{k}"] = (hits > 0).astype(np.float64)
         metrics[f"ndcg@{k}"] = gain / gains[np.minimum(targets, k)]
     first = np.full(queries, np.iinfo(np.int64).max)
     np.minimum.at(first, query_of, ranks)

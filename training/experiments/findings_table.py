@@ -82,7 +82,13 @@ class Group:
         """Mean over the seeds that both variants have of one's metric less the other's."""
         ours, theirs = self.variants[variant], self.variants[reference]
         both = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-        return estimate([one[metric] - other[metric] for one, other in both if metric in one and metric in other])
+        return estimate(
+            [
+                ours_at[metric] - theirs_at[metric]
+                for ours_at, theirs_at in both
+                if metric in ours_at and metric in theirs_at
+            ]
+        )
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -116,32 +122,32 @@ def group(lines: Sequence[Line]) -> list[Group]:
 def render(groups: Sequence[Group]) -> str:
     """All tables in markdown."""
     parts = []
-    for one in groups:
-        items = "" if one.items == "as they are" else f" (items: {one.items})"
-        parts.append(f"**{one.experiment}, {one.data}**{items}\n\n{_means(one)}")
-        if differences := _differences(one):
+    for runs in groups:
+        items = "" if runs.items == "as they are" else f" (items: {runs.items})"
+        parts.append(f"**{runs.experiment}, {runs.data}**{items}\n\n{_means(runs)}")
+        if differences := _differences(runs):
             parts.append(differences)
     return "\n\n".join(parts)
 
 
-def _means(one: Group) -> str:
-    columns = [c for c in COLUMNS if any(c in m for seeds in one.variants.values() for m in seeds.values())]
+def _means(runs: Group) -> str:
+    columns = [c for c in COLUMNS if any(c in m for seeds in runs.variants.values() for m in seeds.values())]
     rows = [
-        [name, str(len(seeds)), *(str(one.estimate(name, column)) for column in columns)]
-        for name, seeds in one.variants.items()
+        [name, str(len(seeds)), *(str(runs.estimate(name, column)) for column in columns)]
+        for name, seeds in runs.variants.items()
     ]
     return markdown(["variant", "n", *(column.replace("/", " ") for column in columns)], rows)
 
 
-def _differences(one: Group) -> str | None:
+def _differences(runs: Group) -> str | None:
     """Against the first variant; an interval that leaves out zero is bold. None where there is nothing to compare."""
-    reference, *others = one.variants
+    reference, *others = runs.variants
     rows = []
     for name in others:
-        found = [one.difference(name, reference, metric) for metric in COMPARED]
-        seeds = max(difference.count for difference in found)
+        differences = [runs.difference(name, reference, metric) for metric in COMPARED]
+        seeds = max(difference.count for difference in differences)
         if seeds > 1:
-            rows.append([f"{name} − {reference}", str(seeds), *map(_signed, found)])
+            rows.append([f"{name} − {reference}", str(seeds), *map(_signed, differences)])
     return markdown(["difference", "n", *(metric.replace("/", " ") for metric in COMPARED)], rows) if rows else None
 
 
@@ -161,32 +167,32 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def draw_plots(groups: Sequence[Group], folder: Path) -> Iterator[Path]:
     """A PNG for every experiment and data set, written beside and renamed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for one in groups:
-        name = re.sub(r"\W+", "_", f"{one.experiment} {one.data}".lower()).strip("_")
-        write_figure(_figure(one), folder / f"{name}.png")
+    for runs in groups:
+        name = re.sub(r"\W+", "_", f"{runs.experiment} {runs.data}".lower()).strip("_")
+        write_figure(_figure(runs), folder / f"{name}.png")
         yield folder / f"{name}.png"
 
 
-def _figure(one: Group) -> Figure:
+def _figure(runs: Group) -> Figure:
     """A bar with its interval for each variant and modality, a panel for each metric."""
-    figure = Figure(figsize=(11, 1.2 + 0.55 * len(one.variants)))
+    figure = Figure(figsize=(11, 1.2 + 0.55 * len(runs.variants)))
     panels = figure.subplots(1, len(SHOWN), sharey=True)
     height = 0.8 / len(COLOURS)
     for panel, metric in zip(panels, SHOWN, strict=True):
         for number, (modality, colour) in enumerate(COLOURS.items()):
-            found = [one.estimate(name, f"{modality}/{metric}") for name in one.variants]
-            places = [row + (number - 1) * height for row in range(len(found))]
-            margins = [bar.margin for bar in found]  # nan draws none
+            estimates = [runs.estimate(name, f"{modality}/{metric}") for name in runs.variants]
+            places = [row + (number - 1) * height for row in range(len(estimates))]
+            margins = [bar.margin for bar in estimates]  # nan draws none
             panel.barh(
-                places, [bar.value for bar in found], height, xerr=margins, color=colour, capsize=2, label=modality
+                places, [bar.value for bar in estimates], height, xerr=margins, color=colour, capsize=2, label=modality
             )
         panel.set_xlabel(metric)
         panel.set_xlim(left=0)
         panel.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(one.variants)), one.variants)
+    panels[0].set_yticks(range(len(runs.variants)), runs.variants)
     panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="upper right", ncols=len(COLOURS))
-    figure.suptitle(f"{one.experiment}, {one.data}", x=0.125, ha="left")
+    figure.suptitle(f"{runs.experiment}, {runs.data}", x=0.125, ha="left")
     return figure
 
 

@@ -58,14 +58,14 @@ def build_tables(arguments: OpenMojiArguments) -> EmojiTables:
     with tempfile.TemporaryDirectory(prefix="openmoji-") as folder:
         files = read_archive(Path(arguments.archive) if arguments.archive else pack(Path(folder)))
     entries = read_entries(files[DATA])
-    kept = cap_country_flags(entries, arguments.country_flags, generator)
+    capped = cap_country_flags(entries, arguments.country_flags, generator)
     items, rejects = [], []
-    for entry in kept:
+    for entry in capped:
         try:
             items.append(make_item(entry, files))
         except ValueError as error:
             rejects.append({"item_id": entry["hexcode"], "title": entry["annotation"], "reason": str(error)})
-    return split_and_pair(items, rejects, len(entries) - len(kept), arguments, generator)
+    return split_and_pair(items, rejects, len(entries) - len(capped), arguments, generator)
 
 
 def pack(folder: Path) -> Path:
@@ -79,10 +79,10 @@ def pack(folder: Path) -> Path:
         done = subprocess.run(["npm", "pack", PACKAGE, "--silent"], cwd=folder, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise ValueError(f"Getting {PACKAGE} needs npm, which is not installed. {otherwise}") from error
-    found = list(folder.glob("*.tgz"))
-    if done.returncode or len(found) != 1:
+    archives = list(folder.glob("*.tgz"))
+    if done.returncode or len(archives) != 1:
         raise ValueError(f"`npm pack {PACKAGE}` failed: {done.stderr.strip() or done.stdout.strip()}\n{otherwise}")
-    return found[0]
+    return archives[0]
 
 
 def read_archive(path: Path) -> dict[str, bytes]:

@@ -43,8 +43,15 @@ def _recall(report: dict[str, Any]) -> Figure:
             metrics = report["metrics"][embedding][protocol]["metrics"]
             names = [name for name in metrics if name.startswith("recall@")]
             places = np.arange(len(names)) + (number - (len(embeddings) - 1) / 2) * width
-            found = [metrics[name] for name in names]
-            panel.bar(places, [one["value"] for one in found], width, yerr=_errors(found), capsize=2, label=embedding)
+            intervals = [metrics[name] for name in names]
+            panel.bar(
+                places,
+                [interval["value"] for interval in intervals],
+                width,
+                yerr=_errors(intervals),
+                capsize=2,
+                label=embedding,
+            )
             panel.set_xticks(range(len(names)), names)
         panel.set_title(f"{protocol.replace('_', '-')} protocol")
         panel.set_ylim(0, 1)
@@ -60,7 +67,9 @@ def _ranks(report: dict[str, Any]) -> Figure:
     panel = figure.subplots()
     for embedding, parts in report["metrics"].items():
         percentiles = parts["published"]["rank_percentiles"]
-        panel.plot(list(percentiles.values()), [int(one) for one in percentiles], marker="o", label=embedding)
+        panel.plot(
+            list(percentiles.values()), [int(percentile) for percentile in percentiles], marker="o", label=embedding
+        )
     panel.set_xscale("log")
     panel.set_xlabel("rank of the target, or better")
     panel.set_ylabel("per cent of the queries")
@@ -93,14 +102,17 @@ def _slices(report: dict[str, Any], embedding: str) -> Figure:
 def _comparison(report: dict[str, Any]) -> Figure:
     """Differences to the other model with intervals."""
     rows = [
-        (f"{embedding}, {protocol.replace('_', '-')}, {metric}", found)
+        (f"{embedding}, {protocol.replace('_', '-')}, {metric}", difference)
         for embedding, protocols in report["comparison"].items()
         for protocol, metrics in protocols.items()
-        for metric, found in metrics.items()
+        for metric, difference in metrics.items()
     ][::-1]
     figure = Figure(figsize=(8, 0.25 * len(rows) + 1), layout="constrained")
     panel = figure.subplots()
-    points = [{"value": found["difference"], "low": found["low"], "high": found["high"]} for _, found in rows]
+    points = [
+        {"value": difference["difference"], "low": difference["low"], "high": difference["high"]}
+        for _, difference in rows
+    ]
     _points(panel, points, [label for label, _ in rows])
     panel.axvline(0, color="grey", linestyle="--", linewidth=1)
     panel.set_xlabel("difference: this model minus the other")
@@ -110,7 +122,9 @@ def _comparison(report: dict[str, Any]) -> Figure:
 def _points(panel: Any, values: Sequence[INTERVAL], labels: Sequence[str]) -> None:
     """Values with their intervals, one below the other."""
     places = range(len(values))
-    panel.errorbar([one["value"] for one in values], places, xerr=_errors(values), fmt="o", markersize=4, capsize=2)
+    panel.errorbar(
+        [interval["value"] for interval in values], places, xerr=_errors(values), fmt="o", markersize=4, capsize=2
+    )
     panel.set_yticks(places, labels, fontsize=8)
     panel.set_ylim(-0.6, len(values) - 0.4)
     panel.grid(axis="x", alpha=0.3)
@@ -118,8 +132,8 @@ def _points(panel: Any, values: Sequence[INTERVAL], labels: Sequence[str]) -> No
 
 def _errors(values: Sequence[INTERVAL]) -> np.ndarray:
     """(2, n) lengths of the error bars. A bootstrap interval may lie to one side of its value: no bar there."""
-    below = [max(0.0, one["value"] - one["low"]) for one in values]
-    above = [max(0.0, one["high"] - one["value"]) for one in values]
+    below = [max(0.0, interval["value"] - interval["low"]) for interval in values]
+    above = [max(0.0, interval["high"] - interval["value"]) for interval in values]
     return np.array([below, above])
 
 

@@ -63,7 +63,7 @@ Rows = tuple[list[str], list[list[str]]]
 
 def metric_rows(report: dict[str, Any], protocol: str) -> Rows:
     """One column for each embedding, and one for a random ranking among the first one's candidates where it is known."""
-    parts = {name: found[protocol] for name, found in report["metrics"].items()}
+    parts = {name: measured[protocol] for name, measured in report["metrics"].items()}
     first = next(iter(parts.values()))
     random = first.get("random")
     rows = [[size, *(str(part[size]) for part in parts.values())] for size in ("queries", "candidates")]
@@ -76,7 +76,7 @@ def metric_rows(report: dict[str, Any], protocol: str) -> Rows:
 
 def percentile_rows(report: dict[str, Any], protocol: str) -> Rows:
     """The rank that each per cent of the targets reaches."""
-    parts = {name: found[protocol]["rank_percentiles"] for name, found in report["metrics"].items()}
+    parts = {name: measured[protocol]["rank_percentiles"] for name, measured in report["metrics"].items()}
     percents = list(next(iter(parts.values())))
     rows = [[name, *(f"{part[percent]:.0f}" for percent in percents)] for name, part in parts.items()]
     return ["embedding", *(f"{percent} % rank within" for percent in percents)], rows
@@ -84,13 +84,13 @@ def percentile_rows(report: dict[str, Any], protocol: str) -> Rows:
 
 def label_rows(report: dict[str, Any]) -> Rows:
     """Precision of each embedding."""
-    parts = {name: found["labels"] for name, found in report["metrics"].items() if found["labels"]}
+    parts = {name: measured["labels"] for name, measured in report["metrics"].items() if measured["labels"]}
     names = list(next(iter(parts.values()))["metrics"])
     rows = [
         [
             name,
             str(part["items"]),
-            *(f"{interval(part['metrics'][one])}, random {part['random'][one]:.3f}" for one in names),
+            *(f"{interval(part['metrics'][metric])}, random {part['random'][metric]:.3f}" for metric in names),
         ]
         for name, part in parts.items()
     ]
@@ -135,16 +135,16 @@ def interval(value: dict[str, float]) -> str:
 def _comparison(report: dict[str, Any]) -> Iterator[list[str]]:
     for name, protocols in report["comparison"].items():
         for protocol, metrics in protocols.items():
-            for metric, found in metrics.items():
-                bounds = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+            for metric, measured in metrics.items():
+                bounds = f"{measured['difference']:+.3f} [{measured['low']:+.3f}, {measured['high']:+.3f}]"
                 yield [
                     name,
                     protocol.replace("_", " "),
                     metric,
-                    f"{found['value']:.3f}",
-                    f"{found['other']:.3f}",
+                    f"{measured['value']:.3f}",
+                    f"{measured['other']:.3f}",
                     bounds,
-                    f"{found['p_value']:.3f}",
+                    f"{measured['p_value']:.3f}",
                 ]
 
 

@@ -112,20 +112,20 @@ def _examples(evaluation: Mapping[str, Any], pictures: "_Pictures") -> dict[str,
     return {
         side: [
             {
-                "query": pictures.card(one["query_id"]),
-                "target": pictures.card(one["target_id"]),
-                "rank": one["rank"],
-                "score": one["score"],
+                "query": pictures.card(example["query_id"]),
+                "target": pictures.card(example["target_id"]),
+                "rank": example["rank"],
+                "score": example["score"],
                 "neighbours": [
                     {
                         **pictures.card(near["item_id"]),
                         "score": near["score"],
-                        "hit": near["item_id"] == one["target_id"],
+                        "hit": near["item_id"] == example["target_id"],
                     }
-                    for near in one["neighbours"]
+                    for near in example["neighbours"]
                 ],
             }
-            for one in examples[side]
+            for example in examples[side]
         ]
         for side in ("best", "worst")
     }

@@ -60,7 +60,7 @@ def check_bounds(options: Any) -> None:
 
 def _bounds_in(kind: Any) -> list[Bounds]:
     """The bounds of a type, of its list's members, or of the part that isn't None."""
-    own = [one for one in getattr(kind, "__metadata__", ()) if isinstance(one, Bounds)]
+    own = [mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Bounds)]
     return own + [bounds for part in get_args(kind) if not isinstance(part, Bounds) for bounds in _bounds_in(part)]
 
 

@@ -95,7 +95,7 @@ def pictures_of(value: Any) -> list[dict[str, Any]]:
         CellError: for what is no picture.
     """
     if isinstance(value, (list, tuple)):
-        return [picture for one in value for picture in pictures_of(one)]
+        return [picture for part in value for picture in pictures_of(part)]
     if is_missing(value):
         return []
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -151,7 +151,7 @@ def item_from_values(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             item[name] = text
     if values.get("topics"):
         item["topics"] = values["topics"]
-    pictures = [one["bytes"] or str(folder / one["path"]) for one in values.get("image") or ()]
+    pictures = [picture["bytes"] or str(folder / picture["path"]) for picture in values.get("image") or ()]
     if pictures:
         item["image"] = pictures[0] if len(pictures) == 1 else pictures
     return item

@@ -51,13 +51,15 @@ class ItemIds(Sequence[str]):
         return self.column[int(position)].as_py()
 
     def __iter__(self) -> Iterator[str]:
-        return (one for start in range(0, len(self), self.AT_ONCE) for one in self[start : start + self.AT_ONCE])
+        return (
+            item_id for start in range(0, len(self), self.AT_ONCE) for item_id in self[start : start + self.AT_ONCE]
+        )
 
     def positions(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """(m,) int32 position of each id; -1 for one that is none of these. A pass over all ids, so ask for many."""
-        found = pc.index_in(ids.cast(pa.large_string()), value_set=self.column)
+        places = pc.index_in(ids.cast(pa.large_string()), value_set=self.column)
         pa.default_memory_pool().release_unused()
-        return found.fill_null(-1).to_numpy(zero_copy_only=False)
+        return places.fill_null(-1).to_numpy(zero_copy_only=False)
 
 
 class ItemTable(Sequence[Item]):
@@ -135,7 +137,7 @@ class ItemTable(Sequence[Item]):
     def _item(self, row: int) -> Item:
         values = self.table.row(row, self._fields)
         if row in self.broken:
-            values["image"] = [one for at, one in enumerate(values["image"]) if at not in self.broken[row]]
+            values["image"] = [picture for at, picture in enumerate(values["image"]) if at not in self.broken[row]]
         return item_from_values(values, self.table.folder(row))
 
 

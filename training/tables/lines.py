@@ -166,7 +166,10 @@ def _look_like_rows(lines: list[str], fields: list[str] | BadRow | None, width: 
 
 def _characters(text: str) -> set[str]:
     """Kinds of the characters of an id: digits, letters, and each other one as itself."""
-    return {"0" if one.isdecimal() else "a" if one.isascii() and one.isalpha() else one for one in text.strip()}
+    return {
+        "0" if character.isdecimal() else "a" if character.isascii() and character.isalpha() else character
+        for character in text.strip()
+    }
 
 
 def _header(path: Path, lines: Iterator[str], encoding: str | None) -> list[str]:
@@ -203,8 +206,8 @@ def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
 
 
 def _undecoded(text: str, encoding: str | None) -> BadRow | None:
-    if text.isascii() or (found := ESCAPED.search(text)) is None:
+    if text.isascii() or (escaped := ESCAPED.search(text)) is None:
         return None
-    byte = ord(found[0]) - 0xDC00
+    byte = ord(escaped[0]) - 0xDC00
     advice = "; is it another encoding?" if encoding else "; name the file's encoding with --encoding"
-    return BadRow(f"unreadable row: not {encoding or 'UTF-8'}: byte 0x{byte:02x} at {found.start()}{advice}")
+    return BadRow(f"unreadable row: not {encoding or 'UTF-8'}: byte 0x{byte:02x} at {escaped.start()}{advice}")

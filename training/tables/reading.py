@@ -105,7 +105,7 @@ class Table:
     def schema(self) -> pa.Schema:
         """Of the table's columns."""
         schema = self.batches[0].schema
-        return pa.schema([one for one in schema if one.name not in (PART, FAULT)])
+        return pa.schema([column for column in schema if column.name not in (PART, FAULT)])
 
     @property
     def column_names(self) -> list[str]:
@@ -272,7 +272,8 @@ def _record(block: Block, part: int, schema: pa.Schema) -> pa.RecordBatch:
     columns[FAULT] = pa.array(faults, pa.string()) if faults else pa.nulls(block.rows, pa.string())
     columns[PART] = pa.array(np.full(block.rows, part, dtype=np.int32))
     return pa.RecordBatch.from_arrays(
-        [columns[one.name] if one.name in columns else pa.nulls(block.rows, one.type) for one in schema], schema=schema
+        [columns[field.name] if field.name in columns else pa.nulls(block.rows, field.type) for field in schema],
+        schema=schema,
     )
 
 

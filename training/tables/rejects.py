@@ -107,8 +107,8 @@ class Rejects:
     def between(self, start: int, stop: int) -> list[Reject]:
         """Those of rows `start` to `stop`, by row."""
         groups = [group.between(start, stop) for group in self.groups]
-        found = [pair for group in groups for pair in zip(group.rows.tolist(), group, strict=True)]
-        return [reject for _, reject in sorted(found, key=lambda pair: pair[0])]
+        numbered = [pair for group in groups for pair in zip(group.rows.tolist(), group, strict=True)]
+        return [reject for _, reject in sorted(numbered, key=lambda pair: pair[0])]
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Rows by source and kind of reason, which is what stands before its first colon."""

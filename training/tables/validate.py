@@ -58,18 +58,18 @@ def validate(
     if eval_pairs is not None:
         test = match_pairs(eval_pairs, table, encoding=encoding)
         figures["eval_pairs"] = len(test.pairs)
-    found = [rejects, train.rejects, repeated_pairs(train, len(table))]
+    rejected = [rejects, train.rejects, repeated_pairs(train, len(table))]
     if test is not None:
-        found += [test.rejects, repeated_pairs(test, len(table))]
+        rejected += [test.rejects, repeated_pairs(test, len(table))]
     held_out = _test_items(table, test, eval_split)
     leaked = held_out & _marked(train.pairs, len(table))
     figures["test_items_in_training"] = int(leaked.sum())
-    found.append(
+    rejected.append(
         Rejects(RejectedRows(train.table, train.rows[leaked[train.pairs].any(1)], LEAKED, id_columns=PAIR_IDS))
     )
 
-    write_rejects(chain.from_iterable(found), output / "rejects.jsonl")
-    counted: Counter[tuple[str, str]] = sum((rejects.counts() for rejects in found), Counter())
+    write_rejects(chain.from_iterable(rejected), output / "rejects.jsonl")
+    counted: Counter[tuple[str, str]] = sum((rejects.counts() for rejects in rejected), Counter())
     show(figures, counted, output / "rejects.jsonl", console or plain_console())
     return figures | {f"{source}: {reason}": count for (source, reason), count in counted.items()}
 

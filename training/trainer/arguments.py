@@ -247,5 +247,5 @@ def _yaml_options(path: Path, parser: OptionParser) -> list[str]:
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
-        options += [f"--{key}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
+        options += [f"--{key}", *(json.dumps(part) if isinstance(part, dict) else str(part) for part in values)]
     return options

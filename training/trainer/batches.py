@@ -187,9 +187,9 @@ class PairCollator:
         if not usable:
             ids = ", ".join(str(item.get("item_id")) for pair in pairs for item in pair.items)
             raise ItemError(f"No pair of the batch has two items whose images can be read; its items: {ids[:500]}")
-        kept = [n if n in set(usable) else usable[n % len(usable)] for n in range(len(pairs))]
-        positions = np.stack([pairs[number].positions for number in kept]).T.reshape(-1).astype(np.int64)
-        rows = [opened[number][member] for member in range(len(pairs[0].items)) for number in kept]
+        numbers = [n if n in set(usable) else usable[n % len(usable)] for n in range(len(pairs))]
+        positions = np.stack([pairs[number].positions for number in numbers]).T.reshape(-1).astype(np.int64)
+        rows = [opened[number][member] for member in range(len(pairs[0].items)) for number in numbers]
         inputs = self.collate_items.inputs(self._drop(rows, positions))
         return {**inputs, "item_index": torch.from_numpy(positions), "num_pairs": len(pairs)}
 

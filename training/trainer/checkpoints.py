@@ -105,8 +105,8 @@ class LossSoFar(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Go on where the checkpoint's run stood; start at zero without one."""
         states: Any = state.stateful_callbacks  # annotated as a list, but the Trainer's is a dict by class name
-        kept = states.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
-        self.sum, self.batches = kept.get("sum", 0.0), kept.get("batches", 0)
+        sums = states.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
+        self.sum, self.batches = sums.get("sum", 0.0), sums.get("batches", 0)
 
 
 def fault_of(checkpoint: Path) -> str | None:
@@ -126,8 +126,8 @@ def fault_of(checkpoint: Path) -> str | None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run; damaged ones after it are named in a warning. None if there is none."""
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    for _, path in sorted(found, reverse=True):
+    numbered = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
+    for _, path in sorted(numbered, reverse=True):
         fault = fault_of(path)
         if fault is None:
             return path
@@ -148,9 +148,9 @@ def checkpoint_to_resume(wanted: str | None, folder: Path) -> Path | None:
     if wanted is None or wanted.lower() in ("false", "none"):
         return None
     if wanted.lower() in ("true", "last"):
-        found = newest_checkpoint(folder)
-        logger.warning("%s", f"Going on from {found}." if found else f"No checkpoint in {folder}: starting anew.")
-        return found
+        newest = newest_checkpoint(folder)
+        logger.warning("%s", f"Going on from {newest}." if newest else f"No checkpoint in {folder}: starting anew.")
+        return newest
     fault = fault_of(Path(wanted))
     if fault is not None:
         raise ValueError(

@@ -50,8 +50,8 @@ class KnownPositives:
         wanted = np.asarray(items, dtype=np.int64) * self.num_items + partners
         if not len(self.keys):
             return np.zeros(wanted.shape, dtype=bool)
-        found = np.searchsorted(self.keys, wanted)
-        return self.keys[np.minimum(found, len(self.keys) - 1)] == wanted
+        places = np.searchsorted(self.keys, wanted)
+        return self.keys[np.minimum(places, len(self.keys) - 1)] == wanted
 
     def partners(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row in `items` and position of every partner of theirs: two (entries,) int64."""
@@ -122,7 +122,7 @@ class FalseNegatives:
         place[different] = np.arange(len(different))
         degree = self.positives.starts[different + 1] - self.positives.starts[different]
         blocks = np.flatnonzero(np.diff(degree.cumsum() // ENTRIES, prepend=0))
-        found = []
+        entries = []
         for block in np.split(np.arange(len(different)), blocks):
             source, partner = self.positives.partners(different[block])
             target = place[partner]
@@ -132,8 +132,8 @@ class FalseNegatives:
             pair = np.repeat(np.arange(len(source)), count)
             within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
             row, column = np.divmod(within, copies[target][pair])
-            found.append(by_item[first[source][pair] + row] * len(items) + by_item[first[target][pair] + column])
-        return found
+            entries.append(by_item[first[source][pair] + row] * len(items) + by_item[first[target][pair] + column])
+        return entries
 
 
 def _alike(labels: np.ndarray) -> np.ndarray:
@@ -144,21 +144,21 @@ def _alike(labels: np.ndarray) -> np.ndarray:
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    found = [np.empty(0, dtype=np.int64)]
+    entries = [np.empty(0, dtype=np.int64)]
     for start, count in zip(starts[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True):
         if count <= MOST_ALIKE:
             rows = order[start : start + count]
             pairs = rows[:, None] * len(labels) + rows
-            found.append(pairs[~np.eye(count, dtype=bool)])
-    return np.concatenate(found)
+            entries.append(pairs[~np.eye(count, dtype=bool)])
+    return np.concatenate(entries)
 
 
 def image_hashes(items: ItemTable, num_workers: int = 0) -> np.ndarray:
     """(n,) int64 hash of each item's images, equal for equal ones; -1 for an item without a readable image."""
     if "image" not in items.table.column_names:
         return np.full(len(items), -1, dtype=np.int64)
-    found = map_items(items, image_hash, num_workers, "Hashing images")
-    return np.fromiter(found, dtype=np.int64, count=len(items))
+    hashes = map_items(items, image_hash, num_workers, "Hashing images")
+    return np.fromiter(hashes, dtype=np.int64, count=len(items))
 
 
 def text_hashes(items: ItemTable) -> np.ndarray:

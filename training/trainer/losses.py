@@ -291,15 +291,15 @@ class _RowEntries:
     target: Tensor
     excluded: Entries | None
 
-    def among(self, kept: Tensor) -> "_RowEntries":
+    def among(self, remaining: Tensor) -> "_RowEntries":
         """The same with only the kept `(M,)` columns, numbered anew, and without the rows that are not among them."""
-        column = kept.cumsum(0) - 1
-        staying = kept[self.own]
+        column = remaining.cumsum(0) - 1
+        staying = remaining[self.own]
         row = staying.cumsum(0) - 1
         excluded = None
         if self.excluded is not None:
             rows, columns = self.excluded
-            both = staying[rows] & kept[columns]
+            both = staying[rows] & remaining[columns]
             excluded = row[rows[both]], column[columns[both]]
         return _RowEntries(column[self.own[staying]], column[self.target[staying]], excluded)
 

@@ -230,8 +230,8 @@ class NoteLLM2Trainer(Trainer):
         """
         if self.measure is None:
             raise ValueError("There is nothing to evaluate on: name a pair table as eval_pairs.")
-        found = self.measure(self.model)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        measured = self.measure(self.model)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

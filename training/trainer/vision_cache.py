@@ -142,8 +142,8 @@ class VisionCache:
         waiting: dict[bytes, dict[str, Tensor]] = {}
         done: set[bytes] = set()
         block = _Block(self.folder)
-        for found in map_items(items, prepare, num_workers, "Vision features"):
-            waiting |= {key: pixels for key, pixels in found if key not in done}
+        for of_item in map_items(items, prepare, num_workers, "Vision features"):
+            waiting |= {key: pixels for key, pixels in of_item if key not in done}
             if len(waiting) < size:
                 continue
             done |= waiting.keys()
@@ -250,16 +250,16 @@ def feature_inputs(features: VisionFeatures) -> dict[str, Tensor]:
 
 def _prepare(cache: VisionCache, processor: Any, item: Item) -> list[tuple[bytes, dict[str, Tensor]]]:
     """Key and pixels of those images of an item that are not stored and can be read; runs in a worker."""
-    found = []
+    unseen = []
     for source in image_sources(item.get("image")):
         try:
             encoded = read_encoded(source)
             key = content_key(encoded)
             if cache.find(key) is None:
-                found.append((key, processor.process_images([load_image(encoded)])))
+                unseen.append((key, processor.process_images([load_image(encoded)])))
         except ItemError:
             continue
-    return found
+    return unseen
 
 
 @torch.no_grad()

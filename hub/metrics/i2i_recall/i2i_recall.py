@@ -93,7 +93,7 @@ def _check(predictions, references, k, tile):
 
 def _published(pairs, row_of):
     """The walk of the published protocol: one target of each query, and who is a candidate."""
-    kept: dict[int, list[int]] = {}
+    targets_of: dict[int, list[int]] = {}
     seen: set[str] = set()
     unknown, repeated = 0, 0
     for query, target in pairs:
@@ -103,26 +103,26 @@ def _published(pairs, row_of):
             repeated += 1
         else:
             seen.update((query, target))
-            kept[row_of[query]] = [row_of[target]]
+            targets_of[row_of[query]] = [row_of[target]]
     in_pool = np.ones(len(row_of), dtype=bool)
-    in_pool[list(kept)] = False
-    return _usable(kept, pairs), in_pool, {"unknown_pairs": unknown, "repeated_pairs": repeated}
+    in_pool[list(targets_of)] = False
+    return _usable(targets_of, pairs), in_pool, {"unknown_pairs": unknown, "repeated_pairs": repeated}
 
 
 def _multi_positive(pairs, row_of):
     """All targets of each query, and all items as candidates."""
-    kept: dict[int, dict[int, None]] = {}
+    targets_of: dict[int, dict[int, None]] = {}
     unknown, repeated = 0, 0
     for query, target in pairs:
         if query not in row_of or target not in row_of:
             unknown += 1
             continue
-        own = kept.setdefault(row_of[query], {})
+        own = targets_of.setdefault(row_of[query], {})
         if query == target or row_of[target] in own:
             repeated += 1
         else:
             own[row_of[target]] = None
-    targets = {query: list(own) for query, own in kept.items() if own}
+    targets = {query: list(own) for query, own in targets_of.items() if own}
     in_pool = np.ones(len(row_of), dtype=bool)
     return _usable(targets, pairs), in_pool, {"unknown_pairs": unknown, "repeated_pairs": repeated}
 

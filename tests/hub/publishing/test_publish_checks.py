@@ -171,7 +171,6 @@ def test_an_adapters_base_must_be_on_the_hub(tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--model", "nowhere"], "nowhere: no such folder"),
         ([], "Missing: --model"),
         (["--dataset", "--items", "x.parquet"], "Missing: --pairs"),
         (["--space", "--model", "m"], "Missing: --index, --items"),
@@ -181,5 +180,12 @@ def test_an_adapters_base_must_be_on_the_hub(tmp_path):
 )
 def test_wrong_options_end_with_their_reason(options, reason, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hub/publish.py", "--repo", "org/x", *options])
-    assert main() == 1
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
     assert reason in capsys.readouterr().err
+
+
+def test_a_missing_model_is_named():
+    with pytest.raises(SystemExit, match="nowhere: no such folder"):
+        main(["--repo", "org/x", "--model", "nowhere"])

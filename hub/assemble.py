@@ -24,6 +24,7 @@ from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 from modeling_notellm2.backbones_notellm2 import load_language_model
 from training.tables.commands import DONE, command, parse
 from training.tables.files import atomic_write, check_replaceable, write_json
+from training.tables.outputs import Output, claimed
 
 
 PACKAGED_TEXT = "smollm2-135m"
@@ -174,9 +175,10 @@ def describe(model: NoteLLM2Model) -> str:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(AssembleArguments, options=options)
-    check_replaceable(Path(arguments.output), RECORD)
-    model, processor = assemble(arguments)
-    output = save(model, processor, arguments)
+    with claimed([Output("--output", Path(arguments.output))], (arguments.text, arguments.vision)):
+        check_replaceable(Path(arguments.output), RECORD)
+        model, processor = assemble(arguments)
+        output = save(model, processor, arguments)
     print(f"{describe(model)}\n{output}: model, processor and code; load it with AutoModel and AutoProcessor.")
     return DONE
 

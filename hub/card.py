@@ -22,6 +22,7 @@ from hub.cards.findings import eval_results, findings, model_metrics, protocol, 
 from hub.cards.model import DescribedModel, check_id, is_hub_id, read_model
 from training.tables.commands import DONE, command, parse
 from training.tables.files import write_text
+from training.tables.outputs import Output, check_inputs
 
 
 TEMPLATE = Path(__file__).parent / "cards" / "card.md.jinja"
@@ -241,6 +242,8 @@ def _one_line(value: Any) -> str:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(CardArguments, options=options)
+    card = Output("--model", Path(arguments.model), (CARD,))
+    check_inputs([card], (arguments.metrics, *(arguments.plots or ())))
     path = write_card(
         arguments.model,
         arguments.metrics,

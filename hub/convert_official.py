@@ -27,6 +27,7 @@ from hub.backbones.qwen import qwen2_config, qwen2_weights
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 from training.tables.commands import DONE, FileError, OptionError, about, command, parse
 from training.tables.files import atomic_write
+from training.tables.outputs import Output, claimed
 
 
 @dataclass
@@ -204,8 +205,9 @@ def main(options: Sequence[str] | None = None) -> int | None:
         research = json.loads(args.config.read_text(encoding="utf-8"))
     with about(args.weights, "Pass the safetensors file of the research code's weights."):
         weights = read_weights(args.weights)
-    model = convert(weights, research)
-    write(model, args)
+    with claimed([Output("--output", args.output)], (args.config, args.weights)):
+        model = convert(weights, research)
+        write(model, args)
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"{args.output}: NoteLLM-2 {model.config.prompt_mode}, {total:,} parameters")
     return DONE

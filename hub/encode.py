@@ -44,6 +44,7 @@ from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
 from training.tables.items import load_items
 from training.tables.model_folder import loading
+from training.tables.outputs import Output, check_inputs
 from training.tables.reading import Table
 
 
@@ -282,6 +283,7 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(EncodeArguments, options=options)
+    check_inputs([Output("--output", Path(arguments.output))], (arguments.model, arguments.items))
     manifest = encode(arguments)
     print(summary(manifest, Path(arguments.output)))
     return DONE_WITH_REJECTS if manifest["counts"]["rejects"] else DONE

@@ -31,6 +31,7 @@ from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
 from training.tables.files import write_text
 from training.tables.items import Item, ItemTable, load_items
 from training.tables.model_folder import loading
+from training.tables.outputs import Output, claimed
 from training.tables.pairs import pair_positions
 from training.tables.rejects import Reject
 
@@ -223,7 +224,10 @@ def gallery(arguments: GalleryArguments) -> Catalogue:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(GalleryArguments, options=options)
-    catalogue = gallery(arguments)
+    output = Path(arguments.output)
+    places = [Output("--output", output), Output("--output", output.with_suffix(".rejects.jsonl"))]
+    with claimed(places, (arguments.model, arguments.items, arguments.pairs)):
+        catalogue = gallery(arguments)
     size = Path(arguments.output).stat().st_size / 1e6
     print(f"{arguments.output}: {size:.1f} MB, open it in a browser. {len(catalogue.item_ids):,} items compared.")
     if catalogue.rejects:

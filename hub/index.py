@@ -36,6 +36,7 @@ from training.tables.columns import item_of
 from training.tables.commands import DONE, OptionError, about, command, parse, plain_console
 from training.tables.files import write_json
 from training.tables.items import load_items
+from training.tables.outputs import Output, claimed
 from training.tables.texts import CellError
 
 
@@ -369,16 +370,9 @@ def printable(text: str) -> Text:
     return Text("".join(character if character.isprintable() else " " for character in text))
 
 
-@command("hub/index.py")
-def main(options: Sequence[str] | None = None) -> int | None:
-    """Entry point."""
-    given = sys.argv[1:] if options is None else list(options)
-    arguments_of = {"build": BuildArguments, "search": SearchArguments, "export": ExportArguments}
-    verb = given.pop(0) if given and given[0] in ("search", "export") else "build"
-    (arguments,) = parse(arguments_of[verb], options=given, prog=f"hub/index.py {verb}")
-    if verb == "search":
-        plain_console().print(search(arguments))
-    elif verb == "export":
+def write(arguments: BuildArguments | ExportArguments) -> None:
+    """Build or export, and say what was written."""
+    if isinstance(arguments, ExportArguments):
         count = export(
             arguments.embeddings,
             arguments.format,
@@ -391,6 +385,20 @@ def main(options: Sequence[str] | None = None) -> int | None:
     else:
         settings = build(arguments)
         print(f"{arguments.output}: {settings['items']:,} items, {settings['kind']}, {settings['width']} dimensions")
+
+
+@command("hub/index.py")
+def main(options: Sequence[str] | None = None) -> int | None:
+    """Entry point."""
+    given = sys.argv[1:] if options is None else list(options)
+    arguments_of = {"build": BuildArguments, "search": SearchArguments, "export": ExportArguments}
+    verb = given.pop(0) if given and given[0] in ("search", "export") else "build"
+    (arguments,) = parse(arguments_of[verb], options=given, prog=f"hub/index.py {verb}")
+    if verb == "search":
+        plain_console().print(search(arguments))
+        return DONE
+    with claimed([Output("--output", Path(arguments.output))], (arguments.embeddings, arguments.items)):
+        write(arguments)
     return DONE
 
 

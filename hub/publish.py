@@ -26,6 +26,7 @@ from hub.publishing.model import ModelDetails, prepare_model
 from hub.publishing.sending import Destination, Publication, listing, push
 from hub.publishing.space import SpaceDetails, prepare_space
 from training.tables.commands import DONE, FAILED, command, parse, plain_console
+from training.tables.outputs import Output, claimed
 
 
 @dataclass
@@ -141,8 +142,12 @@ def show_refusal(error: RefusedError, console: Console) -> None:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point; what stands against publishing is a table on stderr."""
     (arguments,) = parse(PublishArguments, options=options)
+    places = [Output("--rejects", Path(arguments.rejects))] if arguments.dataset or arguments.space else []
+    tables = (arguments.items, arguments.pairs, arguments.test_pairs)
+    inputs = (*tables, arguments.model, arguments.index, arguments.visual_index)
     try:
-        publish(arguments, plain_console())
+        with claimed(places, inputs):
+            publish(arguments, plain_console())
     except RefusedError as error:
         show_refusal(error, plain_console(stderr=True))
         return FAILED

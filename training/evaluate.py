@@ -19,10 +19,12 @@ from modeling_notellm2 import DTYPES, choose_precision
 from training.evaluation.evidence import MeasureOptions, evaluate_model, write_results
 from training.evaluation.slices import count_in_pairs
 from training.reporting.evaluation_tables import show
+from training.reporting.page import PLOTS
 from training.tables.bounds import AtLeastOne, NotNegative, check_bounds
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
 from training.tables.items import load_items
 from training.tables.model_folder import loading
+from training.tables.outputs import GENERATOR, Output, claimed
 from training.tables.pairs import load_pairs, pair_positions, trained_share
 from training.tables.rejects import TableError, write_rejects
 
@@ -102,6 +104,7 @@ def run(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]
     with (output / "rejects.jsonl").open(encoding="utf-8") as lines:
         counts = {"items": len(items), "pairs": len(table.pairs), "rejected_rows": sum(1 for _ in lines)}
     report = {
+        **GENERATOR,
         "model": arguments.model,
         "compared_with": arguments.compare,
         "precision": asdict(precision),
@@ -126,7 +129,10 @@ def _load(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     arguments, measured = parse(EvaluateArguments, MeasureOptions, options=options)
-    report = run(arguments, measured)
+    written = ("evaluation.json", "evaluation.md", "rejects.jsonl", *PLOTS)
+    inputs = (arguments.model, arguments.compare, arguments.items, arguments.pairs, arguments.train_pairs)
+    with claimed([Output("--output", Path(arguments.output), written)], inputs):
+        report = run(arguments, measured)
     return DONE_WITH_REJECTS if report["counts"]["rejected_rows"] else DONE
 
 

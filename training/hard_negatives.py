@@ -27,6 +27,7 @@ from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands import DONE, OptionError, command, parse
 from training.tables.items import load_items
 from training.tables.model_folder import loading
+from training.tables.outputs import Output, claimed
 from training.tables.pairs import match_pairs
 from training.trainer.batches import ItemCollator
 from training.trainer.false_negatives import KnownPositives, image_hashes, text_hashes
@@ -93,7 +94,9 @@ def run(arguments: HardNegativesArguments) -> None:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(HardNegativesArguments, options=options)
-    run(arguments)
+    inputs = (arguments.model, arguments.items, arguments.pairs)
+    with claimed([Output("--output", Path(arguments.output))], inputs):
+        run(arguments)
     return DONE
 
 

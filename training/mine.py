@@ -44,6 +44,7 @@ from training.mining.engines import engine_errors, kept, opened, read_log
 from training.mining.logs import REJECTS_LISTED, BrokenRows
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse, plain_console
 from training.tables.files import atomic_write
+from training.tables.outputs import Output, claimed, marked
 
 
 PAIR_SCHEMA = pa.schema(
@@ -130,7 +131,7 @@ def mine_side(backend: BaseBackend, log: Table, arguments: MiningArguments, outp
         best = f"  among the {arguments.top_targets} best of the query" if arguments.top_targets else "  written"
         counts |= dict.fromkeys([*labels, best], 0)
         place = stack.enter_context(atomic_write(output))
-        writer = stack.enter_context(pq.ParquetWriter(place, PAIR_SCHEMA))
+        writer = stack.enter_context(pq.ParquetWriter(place, marked(PAIR_SCHEMA)))
         total = sum(part["candidates"] for part in parts)
         bar = stack.enter_context(tqdm(total=total, desc=f"Mining ({name})", unit="candidate", unit_scale=True))
         for part in parts:
@@ -247,7 +248,12 @@ def _count(table: Table) -> int:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(MiningArguments, options=options)
-    mined = mine(arguments)
+    output = Path(arguments.output)
+    places = [Output("--output", output), Output("--output", rejects_of(output))]
+    if arguments.test_output:
+        places.append(Output("--test_output", Path(arguments.test_output)))
+    with claimed(places, [arguments.interactions]):
+        mined = mine(arguments)
     show(mined, arguments)
     return DONE_WITH_REJECTS if mined.rejected else DONE
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training.reporting.page import write_report
+from training.reporting.page import PAGE, PLOTS, write_report
 from training.tables.commands import DONE, FileError, command, parse
 from training.tables.items import ItemTable, load_items
+from training.tables.outputs import Output, claimed
 
 
 @dataclass
@@ -47,7 +48,9 @@ def main(options: Sequence[str] | None = None) -> int | None:
     (arguments,) = parse(ReportArguments, options=options)
     run = Path(arguments.run)
     try:
-        print(f"Report: {write_report(run, items_of(run, arguments.items))}")
+        items = items_of(run, arguments.items)
+        with claimed([Output("--run", run, (PAGE, *PLOTS))], [arguments.items]):
+            print(f"Report: {write_report(run, items)}")
     except FileNotFoundError as error:
         raise FileError(f"{run} is no folder of a finished run: {error}") from error
     return DONE

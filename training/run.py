@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ from transformers import AutoProcessor, set_seed
 
 from training.evaluation.embed import evaluate_in_training
 from training.evaluation.run_figures import Clock, RunFigures
-from training.reporting.page import write_report
+from training.reporting.page import PLOTS, write_report
 from training.reporting.summary import show
 from training.tables.commands import DONE, DONE_WITH_REJECTS, command
 from training.tables.files import atomic_write, write_json
 from training.tables.model_folder import loading
+from training.tables.outputs import GENERATOR, Output, claimed
 from training.tables.rejects import write_rejects
 from training.tables.validate import validate
 from training.trainer.adapters import load_trainable, save_merged, unwrap_adapter
@@ -51,6 +52,7 @@ from training.trainer.vision_cache import VisionCache
 
 OF_ONE_MODEL = ("evaluation.json", "evaluation.md", "report.html")
 """Files of a run's folder that say something false as soon as another model stands there."""
+WRITTEN = ("model", "metrics.json", "rejects.jsonl", *OF_ONE_MODEL, *PLOTS)
 
 
 def save_model(trainer: NoteLLM2Trainer, folder: Path, merge: bool) -> None:
@@ -170,7 +172,11 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
     clock.lap("vision_features")
 
     figures = RunFigures(trainer, data, tables, clock)
-    report: dict[str, Any] = {"precision": asdict(arguments.precision), **figures.before_training(features)}
+    report: dict[str, Any] = {
+        **GENERATOR,
+        "precision": asdict(arguments.precision),
+        **figures.before_training(features),
+    }
     with stoppable(trainer):
         trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     clock.lap("train")
@@ -191,24 +197,34 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
     return report
 
 
+def check_tables(tables: DataArguments, arguments: NoteLLM2TrainingArguments) -> None:
+    """What --validate_only does."""
+    output, workers = Path(arguments.output_dir), arguments.dataloader_num_workers
+    validate(
+        tables.items,
+        tables.train_pairs,
+        tables.eval_pairs,
+        output,
+        tables.eval_split,
+        workers,
+        split=tables.split,
+        encoding=tables.encoding,
+    )
+
+
 @command("training/run.py")
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     model, tables, arguments = parse(sys.argv[1:] if options is None else options)
-    if tables.validate_only:
-        output, workers = Path(arguments.output_dir), arguments.dataloader_num_workers
-        validate(
-            tables.items,
-            tables.train_pairs,
-            tables.eval_pairs,
-            output,
-            tables.eval_split,
-            workers,
-            split=tables.split,
-            encoding=tables.encoding,
-        )
-        return DONE
-    report = run(model, tables, arguments)
+    written = ("rejects.jsonl",) if tables.validate_only else WRITTEN
+    place = Output("--output_dir", Path(arguments.output_dir), written)
+    inputs = (model.model, tables.items, tables.train_pairs, tables.eval_pairs)
+    # The first process holds the folder for all of them.
+    with claimed([place], inputs) if arguments.process_index == 0 else nullcontext():
+        if tables.validate_only:
+            check_tables(tables, arguments)
+            return DONE
+        report = run(model, tables, arguments)
     # A launcher of several processes takes any code but 0 for a failure.
     with_rejects = report["counts"]["rejected_rows"] and arguments.world_size == 1
     return DONE_WITH_REJECTS if with_rejects else DONE

@@ -6,7 +6,6 @@ start what the job is and at the end that it is complete.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from hub.catalogue.encoder import EncodedBlock
 from training.tables.commands import about
 from training.tables.files import atomic_write, write_json
+from training.tables.outputs import LOCK, locked
 from training.tables.rejects import Reject
 
 
@@ -120,15 +120,11 @@ def open_job(folder: Path, job: Mapping[str, Any], plan: Plan) -> Iterator[set[i
         The shards that are there and good.
 
     Raises:
-        ShardError: when the folder is another process's at this moment, holds another job (naming every difference), or
-            is not empty and none of ours.
+        FileError: when another process is writing into the folder.
+        ShardError: when it holds another job (naming every difference), or is not empty and none of ours.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except OSError as error:
-            raise ShardError(f"{folder}: another process is encoding into this folder.") from error
+    with locked(folder / LOCK, folder):
         manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
         if manifest is None:
             strangers = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))

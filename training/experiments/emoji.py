@@ -21,8 +21,10 @@ from typing import Any
 import datasets
 import emoji
 
+from training.experiments.tables import write_rows
 from training.tables.commands import DONE, command, parse
-from training.tables.files import atomic_write, write_text
+from training.tables.files import write_text
+from training.tables.outputs import Output, claimed
 
 
 COUNTRY_FLAGS = "country-flag"
@@ -182,6 +184,9 @@ def make_pairs(items: Sequence[Row], generator: random.Random, per_item: int) ->
     return pairs
 
 
+WRITTEN = ("items.parquet", "train_pairs.parquet", "test_pairs.parquet", "rejects.jsonl")
+
+
 def write_tables(tables: EmojiTables, folder: Path) -> None:
     """Write items, pairs and rejects; each file is whole or not there."""
     for name, rows, features in (
@@ -189,8 +194,7 @@ def write_tables(tables: EmojiTables, folder: Path) -> None:
         ("train_pairs", tables.train_pairs, PAIR_FEATURES),
         ("test_pairs", tables.test_pairs, PAIR_FEATURES),
     ):
-        with atomic_write(folder / f"{name}.parquet") as place:
-            datasets.Dataset.from_list(rows, features=features).to_parquet(place)
+        write_rows(rows, features, folder / f"{name}.parquet")
     lines = (json.dumps(reject, ensure_ascii=False) + "\n" for reject in tables.rejects)
     write_text("".join(lines), folder / "rejects.jsonl")
 
@@ -211,8 +215,9 @@ def describe(tables: EmojiTables) -> str:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(EmojiArguments, options=options)
-    tables = build_tables(arguments)
-    write_tables(tables, Path(arguments.output))
+    with claimed([Output("--output", Path(arguments.output), WRITTEN)], ()):
+        tables = build_tables(arguments)
+        write_tables(tables, Path(arguments.output))
     print(f"{describe(tables)}\nTables and rejects.jsonl: {arguments.output}")
     return DONE
 

@@ -21,10 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from training.experiments.log_baselines import log_embeddings, measure_embeddings
+from training.experiments.tables import write_rows
 from training.mine import Mined, mine, show
 from training.mining.cooccurrence import MiningArguments
 from training.tables.commands import DONE, command, parse, plain_console
-from training.tables.files import atomic_write, write_json
+from training.tables.files import write_json
+from training.tables.outputs import GENERATOR, Output, claimed
 
 
 ITEM_FEATURES = datasets.Features(
@@ -37,6 +39,10 @@ ITEM_FEATURES = datasets.Features(
 )
 LOG_FEATURES = datasets.Features(
     {"user_id": datasets.Value("string"), "item_id": datasets.Value("string"), "timestamp": datasets.Value("int64")}
+)
+WRITTEN = (
+    *("items.parquet", "log.parquet", "train_pairs.parquet", "train_pairs.rejects.jsonl"),
+    *("test_pairs.parquet", "baselines.json"),
 )
 UNKNOWN = ("unknown", "unkonwn")
 """The file's words for a missing title, year or genre."""
@@ -97,8 +103,8 @@ def prepare(arguments: MovieLensArguments) -> tuple[Mined, MiningArguments, dict
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     items, log = read_items(), read_log()
-    _write(items, ITEM_FEATURES, folder / "items.parquet")
-    _write(log, LOG_FEATURES, folder / "log.parquet")
+    write_rows(items, ITEM_FEATURES, folder / "items.parquet")
+    write_rows(log, LOG_FEATURES, folder / "log.parquet")
     split_time = log[round((1 - arguments.test_share) * len(log))]["timestamp"]
     mining = MiningArguments(
         interactions=str(folder / "log.parquet"),
@@ -116,7 +122,7 @@ def prepare(arguments: MovieLensArguments) -> tuple[Mined, MiningArguments, dict
     table = pq.read_table(folder / "test_pairs.parquet", columns=["query_id", "target_id"])
     pairs = list(zip(*table.to_pydict().values(), strict=True))
     metrics = measure_embeddings(log_embeddings(train, ids), ids, pairs)
-    write_json(metrics, folder / "baselines.json")
+    write_json(GENERATOR | metrics, folder / "baselines.json")
     return mined, mining, metrics
 
 
@@ -136,7 +142,8 @@ def show_baselines(metrics: dict[str, dict[str, float]], console: Console) -> No
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(MovieLensArguments, options=options)
-    mined, mining, metrics = prepare(arguments)
+    with claimed([Output("--output", Path(arguments.output), WRITTEN)], ()):
+        mined, mining, metrics = prepare(arguments)
     show(mined, mining)
     show_baselines(metrics, plain_console())
     print(f"Tables and baselines.json: {arguments.output}")
@@ -152,11 +159,6 @@ def _read_fields(name: str) -> list[list[str]]:
         )
     path = Path(spec.submodule_search_locations[0]) / "dataset_example" / "ml-100k" / name
     return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
-
-
-def _write(rows: list[Row], features: datasets.Features, path: Path) -> None:
-    with atomic_write(path) as place:
-        datasets.Dataset.from_list(rows, features=features).to_parquet(place)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 import resvg_py
 
 from training.experiments.emoji import (
+    WRITTEN,
     EmojiTables,
     Row,
     TableArguments,
@@ -30,6 +31,7 @@ from training.experiments.emoji import (
     write_tables,
 )
 from training.tables.commands import DONE, command, parse
+from training.tables.outputs import Output, claimed
 
 
 PACKAGE = "openmoji@17.0.0"
@@ -147,8 +149,9 @@ def rasterise(svg: bytes) -> bytes:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(OpenMojiArguments, options=options)
-    tables = build_tables(arguments)
-    write_tables(tables, Path(arguments.output))
+    with claimed([Output("--output", Path(arguments.output), WRITTEN)], ()):
+        tables = build_tables(arguments)
+        write_tables(tables, Path(arguments.output))
     print(f"{describe(tables)}\nTables and rejects.jsonl: {arguments.output}")
     return DONE
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from training.tables.files import atomic_write
 from training.tables.items import ItemTable
+from training.tables.outputs import marked
 from training.tables.pairs import MatchedPairs
 from training.trainer.false_negatives import KnownPositives
 
@@ -112,6 +113,6 @@ def write_pairs(
             for name, column in zip(names, block.T, strict=True):
                 positions = pa.array(column, mask=column < 0)
                 table = table.append_column(name, items.item_ids.column.take(positions).cast(pa.string()))
-            writer = writer or stack.enter_context(pq.ParquetWriter(place, table.schema))
+            writer = writer or stack.enter_context(pq.ParquetWriter(place, marked(table.schema)))
             writer.write_table(table)
     return count

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from training.tables.commands import plain_console
+from training.tables.outputs import MARK
 
 
 PROTOCOLS = {
@@ -23,6 +24,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     confidence = f"{report['settings']['confidence']:.0%}"
     counts = report["counts"]
     lines = [
+        f"<!-- {MARK} -->",
         f"# Evaluation of `{report['model']}`",
         "",
         f"{counts['items']} items, {counts['pairs']} pairs, {counts['rejected_rows']} rows left out. In brackets: "

@@ -29,6 +29,9 @@ PLOT_TITLES = {
     "recall": "Recall with intervals",
     "ranks": "Ranks of the targets",
 }
+SLICES = tuple(f"slices_{embedding}" for embedding in ("both", "image", "text", "visual"))
+PLOTS = tuple(f"plots/{name}.png" for name in (*PLOT_TITLES, "comparison", *SLICES))
+"""All that a run or an evaluation may draw, in its folder."""
 
 
 def write_report(run: Path, items: ItemTable | None) -> Path:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from hub.catalogue.shards import REJECTS, ShardError
+from hub.catalogue.shards import REJECTS
 from hub.encode import EncodeArguments, encode
 from tests.support.catalogue import arguments, checksums, make_items, read_shards, write_items
+from training.tables.commands import FileError
 
 
 def encode_in_child(job: EncodeArguments, renames: int | None) -> None:
@@ -115,7 +116,7 @@ def test_two_jobs_do_not_share_a_folder(processes, table, tiny_model_folder, tmp
         time.sleep(0.01)
     os.kill(first.pid, signal.SIGSTOP)
     try:
-        with pytest.raises(ShardError, match="another process is encoding into this folder"):
+        with pytest.raises(FileError, match="another process is writing there"):
             encode(job)
     finally:
         os.kill(first.pid, signal.SIGCONT)

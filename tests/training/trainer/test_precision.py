@@ -76,8 +76,8 @@ def test_the_vision_cache_follows(options, tmp_path):
         root = tmp_path / dtype
         run(*parse(options(dtype=dtype, cache_vision_features=True, vision_cache_dir=root, max_steps=1)))
         (folder,) = root.iterdir()
-        hidden, pooled = VisionCache(folder).read([0])
-        assert hidden.dtype == pooled.dtype == stored
+        features = VisionCache(folder).read([0])
+        assert features.last_hidden_state.dtype == features.pooler_output.dtype == stored
     folders = {folder.name for dtype in ("float32", "bfloat16") for folder in (tmp_path / dtype).iterdir()}
     assert len(folders) == 2  # neither run would read the other's
 

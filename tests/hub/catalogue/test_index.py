@@ -17,9 +17,10 @@ import torch
 
 from hub import index as index_module
 from hub.catalogue.exports import export
+from hub.catalogue.index import Neighbour, choose_parameters
 from hub.catalogue.shards import ShardError, embeddings_array, file_sha256
 from hub.encode import EncodeArguments, encode
-from hub.index import BuildArguments, Index, Neighbour, build, choose_parameters
+from hub.index import BuildArguments, Index, build
 from tests.support.catalogue import SMALL, make_items, png, read_shards, vectors, write_items
 from training.tables.commands import FileError
 from training.tables.files import write_json

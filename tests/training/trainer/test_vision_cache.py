@@ -128,12 +128,12 @@ from tests.training.trainer.test_vision_cache import png
 from training.trainer import vision_cache
 from training.trainer.batches import cache_vision_features
 vision_cache.FILE_BYTES = 5_000
-write = vision_cache.os.replace
+write = os.replace
 def replace(*paths):
     if len(list(Path(sys.argv[1]).rglob("*.safetensors"))) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     write(*paths)
-vision_cache.os.replace = replace
+os.replace = replace  # which every writer uses
 items = [{"item_id": str(number), "image": png(number)} for number in range(40)]
 cache_vision_features(*make_model(), items, Path(sys.argv[1]), batch_size=4)
 """

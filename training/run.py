@@ -50,9 +50,9 @@ from training.trainer.trainer import NoteLLM2Trainer
 from training.trainer.vision_cache import VisionCache
 
 
-OF_ONE_MODEL = ("evaluation.json", "evaluation.md", "report.html")
+OF_ONE_MODEL = ("metrics.json", "evaluation.json", "evaluation.md", "report.html")
 """Files of a run's folder that say something false as soon as another model stands there."""
-WRITTEN = ("model", "metrics.json", "rejects.jsonl", *OF_ONE_MODEL, *PLOTS)
+WRITTEN = ("model", "rejects.jsonl", *OF_ONE_MODEL, *PLOTS)
 
 
 def save_model(trainer: NoteLLM2Trainer, folder: Path, merge: bool) -> None:
@@ -70,9 +70,8 @@ def save_model(trainer: NoteLLM2Trainer, folder: Path, merge: bool) -> None:
             trainer.processing_class.save_pretrained(place)
         if first:
             (place / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths
-    if first:
-        for name in OF_ONE_MODEL:
-            (folder.parent / name).unlink(missing_ok=True)
+            for name in OF_ONE_MODEL:  # before the model takes its place: a kill now leaves none that speaks of another
+                (folder.parent / name).unlink(missing_ok=True)
 
 
 def make_trainer(

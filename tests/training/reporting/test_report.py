@@ -134,7 +134,7 @@ def test_what_is_measured_is_what_is_saved(finished, tables):
 
 
 def test_a_report_that_fails_costs_no_model(tables, tiny_model_folder, tmp_path, monkeypatch):
-    """Nor does an older page stand beside the new model; a picture that can't be read is listed once for all passes."""
+    """Nor do an older page and metrics stand beside the new model; a picture that can't be read is listed once for all passes."""
     items = datasets.Dataset.from_parquet(str(tables / "items.parquet"))
     unreadable = {"bytes": b"no picture", "path": None}
     spoiled = items.map(
@@ -144,7 +144,8 @@ def test_a_report_that_fails_costs_no_model(tables, tiny_model_folder, tmp_path,
     spoiled.to_parquet(tmp_path / "tables" / "items.parquet")
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "report.html").write_text("of an earlier run")
+    for name in ("report.html", "metrics.json"):
+        (folder / name).write_text("of an earlier run")
 
     def fail(*arguments):
         write_evaluation(*arguments)
@@ -157,6 +158,7 @@ def test_a_report_that_fails_costs_no_model(tables, tiny_model_folder, tmp_path,
         train(tiny_model_folder, tmp_path / "tables", folder, check_images=False)
     assert AutoModel.from_pretrained(folder / "model", trust_remote_code=True)
     assert not (folder / "report.html").exists()
+    assert not (folder / "metrics.json").exists()
     lines = (folder / "rejects.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["ids"] == ["i90"] for line in lines) == 1
     assert passes == ["both", "both", "image", "text"]  # before, and after: once for metrics.json and the page alike

@@ -98,7 +98,6 @@ def clone(tmp_path, tiny_model_folder):
     for name, content in tables.items():
         pq.write_table(pa.Table.from_pylist(content), demo / "data" / f"{name}.parquet")
         shutil.copy(demo / "data" / f"{name}.parquet", folder / f"{name}.parquet")
-    shutil.copy(folder / "train_pairs.parquet", folder / "pairs.parquet")
     pq.write_table(pa.Table.from_pylist(log), folder / "log.parquet")
     vision, text = make_backbones(vocab_size=300)
     vision.save_pretrained(folder / "backbones" / "vision")
@@ -126,7 +125,8 @@ def run_command(line: str) -> None:
 def test_what_a_readme_shows_works(readme, clone, monkeypatch):
     monkeypatch.chdir(clone)
     if "hub/assemble.py" not in (ROOT / readme).read_text(encoding="utf-8"):
-        shutil.copytree("runs/demo/base", "models/base")  # another README makes it
+        shutil.copytree("runs/demo/base", "models/base")  # another README makes it, and the pairs
+        shutil.copy("train_pairs.parquet", "pairs.parquet")
     names: dict = {"query": [0.0] * 24}
     for block in blocks(readme):
         if any(text in block for text in ELSEWHERE):

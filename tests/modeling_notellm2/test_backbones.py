@@ -149,7 +149,7 @@ def test_assemble_refuses_a_foreign_folder(tmp_path):
     command = [sys.executable, "hub/assemble.py", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "no result of this command" in done.stderr
+    assert "precious was not made by this program" in done.stderr
     assert (tmp_path / "precious").read_text() == "keep me"
 
 

@@ -174,6 +174,7 @@ def test_a_signal_ends_command_and_workers_with_one_line(tmp_path, number, code)
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "working\n"

@@ -20,6 +20,7 @@ def stopped(arguments, number) -> tuple[int, list[str]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     assert process.stdout is not None
     while "loss" not in process.stdout.readline():

@@ -18,15 +18,16 @@ from training.tables.commands import FileError
 
 
 def encode_in_child(job: EncodeArguments, renames: int | None) -> None:
-    """The job, killed by itself right before a rename, the only act that makes a file appear."""
+    """The job, killed by itself right before a rename in its output, the only act that makes a file appear there."""
     done = 0
     rename = os.replace
 
     def counted(source, target):
         nonlocal done
-        if done == renames:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done += 1
+        if Path(target).is_relative_to(job.output):  # and not the table's copy in the cache
+            if done == renames:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done += 1
         rename(source, target)
 
     os.replace = counted

@@ -30,7 +30,7 @@ class ReportArguments:
 
 
 def items_of(run: Path, source: str | None) -> ItemTable | None:
-    """The items that a run was measured on, of its table or the one named; None, saying so, where its table has gone."""
+    """The items that a run was measured on, of its table or the one named; None, with a line, where its table has gone."""
     settings = json.loads((run / "metrics.json").read_text(encoding="utf-8")).get("settings", {})
     if source is None and not Path(settings.get("items", "")).exists():
         print(f"No pictures: the run's item table {settings.get('items')!r} is not there; name it with --items.")

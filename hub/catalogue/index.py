@@ -21,7 +21,7 @@ from training.tables.commands import about
 INDEX_FILE, IDS_FILE, RECORD = "index.faiss", "ids.arrow", "index.json"
 PQ_BITS = 8
 POINTS_PER_CENTROID = 39
-"""k-means of FAISS wants at least so many training vectors for each centroid."""
+"""k-means of FAISS wants at least this many training vectors for each centroid."""
 
 
 Queries = np.ndarray | Sequence[np.ndarray] | Sequence[Sequence[float]] | Sequence[str]

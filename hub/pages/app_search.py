@@ -28,7 +28,7 @@ from training.tables.texts import CellError
 
 
 COMPARE_ALL = 10_000
-"""Up to so many items all are compared; above, the nearest by either embedding are, `CANDIDATES` at least of each."""
+"""Up to this many items all are compared; above, the nearest by either embedding are, `CANDIDATES` at least of each."""
 CANDIDATES = 500
 
 

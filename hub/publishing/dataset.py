@@ -234,7 +234,7 @@ def published_pair(values: Row, known: np.ndarray) -> Row:
     """A pair with its score as a number; `known` is (2,) bool, whether query and target are published.
 
     Raises:
-        ValueError: for a row that names an item that isn't published, or has a score that is no number.
+        ValueError: for a row that names an item that isn't published, or has a score that is not a number.
     """
     if unknown := [values[name] for name, is_known in zip(PAIR_IDS, known, strict=True) if not is_known]:
         raise ValueError(f"no published item {', '.join(repr(one or '') for one in unknown)}")

@@ -59,7 +59,7 @@ def prepare_model(folder: Path, staging: Path, details: ModelDetails) -> Publica
 
     Raises:
         RefusedError: naming every reason against publishing.
-        ValueError: for a folder that isn't there, ids that are none, or metrics of another form.
+        ValueError: for a folder that isn't there, ids that are not valid, or metrics of another form.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder.")

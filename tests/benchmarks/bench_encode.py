@@ -67,7 +67,7 @@ def make_model(folder: Path) -> None:
 
 
 def ray_rate(model: str, table_path: str, blocks: int, actors: int) -> float:
-    """Items a second of the pipeline with so many model workers."""
+    """Items a second of the pipeline with this many model workers."""
     rows, plan = Rows(*load_items(table_path)), Plan(blocks * ROWS, ROWS, ROWS)
     encoder = ItemEncoder(model, batch_size=ROWS)
     arrivals = [
@@ -79,7 +79,7 @@ def ray_rate(model: str, table_path: str, blocks: int, actors: int) -> float:
 
 
 def embed_again_and_again(model: str, table_path: str, seconds: float, all_ready: Barrier, done: Queue) -> None:
-    """Counts the items that this process embeds in so many seconds."""
+    """Counts the items that this process embeds in this many seconds."""
     torch.set_num_threads(1)
     encoder = ItemEncoder(model, batch_size=ROWS)
     block = Rows(*load_items(table_path)).prepare(encoder, 0, (0, ROWS))
@@ -92,7 +92,7 @@ def embed_again_and_again(model: str, table_path: str, seconds: float, all_ready
 
 
 def machine_rate(model: str, table_path: str, processes: int, seconds: float = 15) -> float:
-    """Items a second of so many processes that share nothing."""
+    """Items a second of this many processes that share nothing."""
     context = multiprocessing.get_context("spawn")
     done, all_ready = context.Queue(), context.Barrier(processes)
     arguments = (model, table_path, seconds, all_ready, done)

@@ -50,9 +50,11 @@ class TableArguments:
     """What to build, whatever the pictures are."""
 
     output: str = field(metadata={"help": "Folder for the tables; those of an earlier run are replaced."})
-    country_flags: int = field(default=0, metadata={"help": "Keep so many of the 258 country flags, drawn at random."})
+    country_flags: int = field(
+        default=0, metadata={"help": "Keep this many of the 258 country flags, drawn at random."}
+    )
     test_share: float = field(default=0.25, metadata={"help": "Share of the items that is held out."})
-    pairs_per_item: int = field(default=20, metadata={"help": "An item stands in at most so many pairs to train on."})
+    pairs_per_item: int = field(default=20, metadata={"help": "An item stands in at most this many pairs to train on."})
     seed: int = field(default=0, metadata={"help": "Of flags, split, choice and order of pairs."})
 
     def __post_init__(self) -> None:
@@ -167,7 +169,7 @@ def make_pairs(items: Sequence[Row], generator: random.Random, per_item: int) ->
     """Pairs of items of one subcategory in random order and direction, each unordered pair once at most.
 
     Args:
-        per_item: an item stands in at most so many pairs.
+        per_item: an item stands in at most this many pairs.
     """
     members: dict[str, list[str]] = {}
     for item in items:

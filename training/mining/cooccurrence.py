@@ -70,7 +70,7 @@ class MiningArguments:
     timestamp_unit: str = field(
         default="s", metadata={"help": "Unit of timestamps that are numbers, since 1970: s, ms or us."}
     )
-    window_days: float = field(default=7.0, metadata={"help": "B counts at most so many days after A."})
+    window_days: float = field(default=7.0, metadata={"help": "B counts at most this many days after A."})
     session_gap_minutes: float | None = field(
         default=None,
         metadata={"help": "A pause longer than this ends a session, and pairs don't reach across; none: no sessions."},
@@ -84,7 +84,7 @@ class MiningArguments:
         default=math.inf, metadata={"help": "Drop pairs with a higher score: outliers."}
     )
     top_targets: NotNegative = field(
-        default=10, metadata={"help": "Keep the so many best targets of each item (ties: the lower id); 0: all."}
+        default=10, metadata={"help": "Keep this many of the best targets of each item (ties: the lower id); 0: all."}
     )
     popularity_cap: float = field(
         default=1.0,
@@ -104,7 +104,7 @@ class MiningArguments:
     candidates_per_part: AtLeastOne = field(
         default=40_000_000,
         metadata={
-            "help": "About so many pairs of interactions are compared at once, unless a single item has more: bounds "
+            "help": "About this many pairs of interactions are compared at once, unless a single item has more: bounds "
             "memory and spilling (40 million: some 3 GB)."
         },
     )

@@ -45,7 +45,7 @@ NotNegative = Annotated[int, Bounds(0)]
 
 
 def check_bounds(options: Any) -> None:
-    """Check the numbers of a dataclass against the bounds in its types; None is no number.
+    """Check the numbers of a dataclass against the bounds in its types; None is not a number.
 
     Raises:
         OptionError: naming the first option that is out of bounds.

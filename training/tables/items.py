@@ -18,7 +18,7 @@ from training.tables.rejects import RejectedRows, Rejects, TableError
 
 
 IMAGES_CHECKED = 1_000_000
-"""Tables of up to so many items have every image opened when they are loaded, unless the caller decides."""
+"""Tables of up to this many items have every image opened when they are loaded, unless the caller decides."""
 MISSING, NOTHING, REPEATED, UNREADABLE = (
     "item_id is missing",
     "neither text nor image",

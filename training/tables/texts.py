@@ -191,7 +191,7 @@ def class_name(value: Any, names: list[str]) -> str:
     """Name of a class by its number; "" for none.
 
     Raises:
-        CellError: for what is no number of a class.
+        CellError: for what is not a number of a class.
     """
     if is_missing(value):
         return ""

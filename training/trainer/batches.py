@@ -157,7 +157,7 @@ class PairCollator:
         seed: with the batch's items it decides which items lose something, so a resumed run decides alike.
 
     Raises:
-        ValueError: for probabilities that are none, or that exceed 1 together.
+        ValueError: for what is not a probability, or a sum above 1 together.
     """
 
     collate_items: ItemCollator

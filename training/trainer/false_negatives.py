@@ -1,4 +1,4 @@
-"""Which in-batch negatives are none: known positives from the whole pair table, and items that look or read the same.
+"""Which in-batch items are not negatives: known positives from the whole pair table, and items that look or read the same.
 
 Every other item of a batch serves as a negative. Some of them are not: another target of the same query, the same item
 drawn twice, the same picture or text under another id. They are found here as sparse (row, column) indices, and the loss

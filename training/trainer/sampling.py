@@ -41,7 +41,7 @@ class DistinctItemsSampler(Sampler[int]):
 
     BLOCK_PAIRS = 65_536
     BLOCK_BATCHES = (4, 50)
-    """A block has about so many pairs, but at least and at most so many batches."""
+    """A block has about this many pairs, but at least and at most this many batches."""
     TRIES = 100
     """Times that as many pairs as a batch has are drawn before it is given up."""
 

@@ -193,7 +193,7 @@ class NoteLLM2Trainer(Trainer):
         return gathered_once(model, self.accelerator.state.fsdp_plugin.reshard_after_forward)
 
     def record_losses(self, losses: PairLossOutput, item_index: Tensor, logit_scale: Tensor) -> None:
-        """Keep the figures for the log; a loss that is no number ends the run here, with the items that gave it."""
+        """Keep the figures for the log; a loss that is not a number ends the run here, with the items that gave it."""
         if not torch.isfinite(losses.loss):
             items = self.train_dataset.items
             ids = [items.item_ids[position] for position in item_index.tolist()]

@@ -63,7 +63,7 @@ class VisionCache:
         self.reload()
 
     def reload(self) -> None:
-        """Take note of all files in the folder; one that can't be read is left out, saying so."""
+        """Take note of all files in the folder; one that can't be read is left out with a warning."""
         self.files, keys, places, self.size = [], [], [], 0
         for path in sorted(self.folder.glob("*.safetensors")):
             try:

@@ -45,8 +45,8 @@ def check_what_a_kill_left(folder: Path, uninterrupted: dict[str, bytes]) -> int
 def run_child(
     processes, job: EncodeArguments, renames: int | None = None, kill_at: tuple[int, float] | None = None
 ) -> int:
-    """Exit code of the job in a process of its own; it kills itself before so many renames, or is killed so many seconds
-    after its folder has so many shards."""
+    """Exit code of the job in a process of its own; it kills itself before this many renames, or is killed so many seconds
+    after its folder has this many shards."""
     child = processes.Process(target=encode_in_child, args=(job, renames))
     child.start()
     if kill_at:

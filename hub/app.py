@@ -9,7 +9,7 @@ file's folders `hub/` and `modeling_notellm2/`, and the options in the environme
 set id or file), NOTELLM2_INDEX and NOTELLM2_VISUAL_INDEX; without these two the Space encodes at its first start.
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import os
 import sys
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from training.tables.commands import DONE, command, parse
+from training.tables.commands.handler import DONE, command, parse
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported

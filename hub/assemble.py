@@ -6,7 +6,7 @@ LLM and ENCODER are ids or folders for transformers' Auto classes, or the names 
 defaults: smollm2-135m and efficientnet-lite0. DIR gets model, processor, their code, and assembly.json with the options.
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import re
 import sys
@@ -22,9 +22,9 @@ from hub.backbones.layers import keep_layers
 from hub.backbones.packaged import load_efficientnet_lite0, load_smollm2
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 from modeling_notellm2.backbones_notellm2 import load_language_model
-from training.tables.commands import DONE, command, parse
-from training.tables.files import atomic_write, check_replaceable, write_json
-from training.tables.outputs import Output, claimed
+from training.tables.commands.files import atomic_write, check_replaceable, write_json
+from training.tables.commands.handler import DONE, command, parse
+from training.tables.commands.outputs import Output, claimed
 
 
 PACKAGED_TEXT = "smollm2-135m"

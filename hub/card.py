@@ -7,7 +7,7 @@ says that nothing was measured. sentence-transformers writes a README.md of its 
 that one, as one written by hand, is kept unless --replace is given.
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import shutil
 import sys
@@ -20,9 +20,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hub.cards.findings import eval_results, findings, model_metrics, protocol, read_metrics, results_table
 from hub.cards.model import DescribedModel, check_id, is_hub_id, read_model
-from training.tables.commands import DONE, command, parse
-from training.tables.files import write_text
-from training.tables.outputs import Output, check_inputs
+from training.tables.commands.files import write_text
+from training.tables.commands.handler import DONE, command, parse
+from training.tables.commands.outputs import Output, check_inputs
 
 
 TEMPLATE = Path(__file__).parent / "cards" / "card.md.jinja"

@@ -8,7 +8,7 @@ sizes and flags, as in `tests/reference/official/*/config.json`. Both of the res
 (`text_config` as in Qwen-7B's config.json, with `"model_type": "qwen"`), which becomes a Qwen2 (see `hub/backbones/qwen.py`).
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import json
 import pickle
@@ -25,9 +25,9 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from hub.backbones.qwen import qwen2_config, qwen2_weights
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
-from training.tables.commands import DONE, FileError, OptionError, about, command, parse
-from training.tables.files import atomic_write
-from training.tables.outputs import Output, claimed
+from training.tables.commands.files import atomic_write
+from training.tables.commands.handler import DONE, FileError, OptionError, about, command, parse
+from training.tables.commands.outputs import Output, claimed
 
 
 @dataclass

@@ -11,7 +11,7 @@ which must all see ITEMS and PATH.
 Exit code: 0 all rows encoded; 3 finished, with rows in rejects.parquet; 1 failed; 2 wrong options.
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import hashlib
 import os
@@ -40,11 +40,11 @@ from hub.catalogue.shards import (
     read_rejects,
 )
 from modeling_notellm2 import DTYPES, Precision, choose_precision
-from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
-from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
+from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
+from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command, parse
+from training.tables.commands.model_folder import loading
+from training.tables.commands.outputs import Output, check_inputs
 from training.tables.items import load_items
-from training.tables.model_folder import loading
-from training.tables.outputs import Output, check_inputs
 from training.tables.reading import Table
 
 

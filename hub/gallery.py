@@ -7,7 +7,7 @@ visual embedding of a model with mICL. With --label_column neighbours of the que
 true partners. Rows of ITEMS that can't be used are listed in FILE.rejects.jsonl.
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import json
 import random
@@ -26,12 +26,12 @@ from transformers import AutoConfig
 from hub.catalogue.encoder import ItemEncoder, Place, items_between
 from hub.pages.gallery import GalleryView, nearest, write_gallery
 from modeling_notellm2 import DTYPES, choose_precision
-from training.tables.bounds import AtLeastOne, check_bounds
-from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
-from training.tables.files import write_text
+from training.tables.commands.bounds import AtLeastOne, check_bounds
+from training.tables.commands.files import write_text
+from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command, parse
+from training.tables.commands.model_folder import loading
+from training.tables.commands.outputs import Output, claimed
 from training.tables.items import Item, ItemTable, load_items
-from training.tables.model_folder import loading
-from training.tables.outputs import Output, claimed
 from training.tables.pairs import pair_positions
 from training.tables.rejects import Reject
 

@@ -10,7 +10,7 @@ INDEX gets index.faiss, ids.arrow (`item_id`, and `title` with --items) and inde
 memory, not read.
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import json
 import sys
@@ -31,12 +31,12 @@ from hub.catalogue.exports import FORMATS, export
 from hub.catalogue.index import IDS_FILE, INDEX_FILE, RECORD, Index, choose_parameters, make_index, sample
 from hub.encode import describe_model, find_model
 from modeling_notellm2 import DTYPES, choose_precision
-from training.tables.bounds import AtLeastOne, check_bounds
 from training.tables.columns import item_of
-from training.tables.commands import DONE, OptionError, command, parse, plain_console
-from training.tables.files import write_json
+from training.tables.commands.bounds import AtLeastOne, check_bounds
+from training.tables.commands.files import write_json
+from training.tables.commands.handler import DONE, OptionError, command, parse, plain_console
+from training.tables.commands.outputs import Output, claimed
 from training.tables.items import load_items
-from training.tables.outputs import Output, claimed
 from training.tables.texts import CellError
 
 

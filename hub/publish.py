@@ -9,7 +9,7 @@ Before anything is sent, a model is loaded in a process of its own and every fil
 (pickles, secrets, paths of this machine, training state) is refused with all reasons at once. Log in with `hf auth login`.
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import sys
 import tempfile
@@ -25,8 +25,8 @@ from hub.publishing.dataset import DataDetails, prepare_dataset
 from hub.publishing.model import ModelDetails, prepare_model
 from hub.publishing.sending import Destination, Publication, listing, push
 from hub.publishing.space import SpaceDetails, prepare_space
-from training.tables.commands import DONE, FAILED, command, parse, plain_console
-from training.tables.outputs import Output, claimed
+from training.tables.commands.handler import DONE, FAILED, command, parse, plain_console
+from training.tables.commands.outputs import Output, claimed
 
 
 @dataclass

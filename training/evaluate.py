@@ -4,7 +4,7 @@ Writes DIR/evaluation.json, DIR/evaluation.md (the same as tables), DIR/plots/*.
 left out, with the reason). `training.evaluation.evidence` has its schema, and `evaluate_model` for Python callers.
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import sys
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from training.evaluation.evidence import MeasureOptions, evaluate_model, write_r
 from training.evaluation.slices import count_in_pairs
 from training.reporting.evaluation_tables import show
 from training.reporting.page import PLOTS
-from training.tables.bounds import AtLeastOne, NotNegative, check_bounds
-from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse
+from training.tables.commands.bounds import AtLeastOne, NotNegative, check_bounds
+from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command, parse
+from training.tables.commands.model_folder import loading
+from training.tables.commands.outputs import GENERATOR, Output, claimed
 from training.tables.items import load_items
-from training.tables.model_folder import loading
-from training.tables.outputs import GENERATOR, Output, claimed
 from training.tables.pairs import load_pairs, pair_positions, trained_share
 from training.tables.rejects import TableError, write_rejects
 

@@ -8,7 +8,7 @@ similarity, relative to the target's, keeps it out (as in NV-Retriever, arXiv 24
 the pair table alone: held-out ones never become negatives.
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import sys
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ from transformers import AutoModel, AutoProcessor
 from modeling_notellm2 import DTYPES, choose_precision
 from training.evaluation.embed import embed
 from training.mining.hard_negatives import Exclusions, mine_negatives, write_pairs
-from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
-from training.tables.commands import DONE, OptionError, command, parse
+from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
+from training.tables.commands.handler import DONE, OptionError, command, parse
+from training.tables.commands.model_folder import loading
+from training.tables.commands.outputs import Output, claimed
 from training.tables.items import load_items
-from training.tables.model_folder import loading
-from training.tables.outputs import Output, claimed
 from training.tables.pairs import match_pairs
 from training.trainer.batches import ItemCollator
 from training.trainer.false_negatives import KnownPositives, image_hashes, text_hashes

@@ -5,7 +5,7 @@ the next, so that memory is bounded by a part and not by the log. Writes the pai
 either side of --split_time if given, and beside the output `PAIRS.rejects.jsonl`: rows of the log that were left out.
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import json
 import sys
@@ -42,9 +42,9 @@ from training.mining.cooccurrence import (
 )
 from training.mining.engines import engine_errors, kept, opened, read_log
 from training.mining.logs import REJECTS_LISTED, BrokenRows
-from training.tables.commands import DONE, DONE_WITH_REJECTS, command, parse, plain_console
-from training.tables.files import atomic_write
-from training.tables.outputs import Output, claimed, marked
+from training.tables.commands.files import atomic_write
+from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command, parse, plain_console
+from training.tables.commands.outputs import Output, claimed, marked
 
 
 PAIR_SCHEMA = pa.schema(

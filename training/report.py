@@ -5,7 +5,7 @@ figures before and after, baselines, saliency), evaluation.json (intervals, slic
 table, for pictures. What a run doesn't have, the page says it doesn't have. The plots stand in RUN/plots as well.
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import json
 import sys
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from training.reporting.page import PAGE, PLOTS, write_report
-from training.tables.commands import DONE, FileError, command, parse
+from training.tables.commands.handler import DONE, FileError, command, parse
+from training.tables.commands.outputs import Output, claimed
 from training.tables.items import ItemTable, load_items
-from training.tables.outputs import Output, claimed
 
 
 @dataclass

@@ -5,7 +5,7 @@ Writes into `output_dir`: `model/` (weights or adapter, processor and code, for 
 `report`, on one process, also `report.html`, `evaluation.json` and `plots/`.
 """
 
-import training.tables.own_folder  # noqa: F401  # isort: skip
+import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import json
 import os
@@ -25,10 +25,10 @@ from training.evaluation.embed import evaluate_in_training
 from training.evaluation.run_figures import Clock, RunFigures
 from training.reporting.page import PLOTS, write_report
 from training.reporting.summary import show
-from training.tables.commands import DONE, DONE_WITH_REJECTS, command
-from training.tables.files import atomic_write, write_json
-from training.tables.model_folder import loading
-from training.tables.outputs import GENERATOR, Output, claimed
+from training.tables.commands.files import atomic_write, write_json
+from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command
+from training.tables.commands.model_folder import loading
+from training.tables.commands.outputs import GENERATOR, Output, claimed
 from training.tables.rejects import write_rejects
 from training.tables.validate import validate
 from training.trainer.adapters import load_trainable, save_merged, unwrap_adapter

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from hub.catalogue.shards import MANIFEST, ShardError, file_sha256, read_manifest
-from training.tables.files import atomic_write, check_replaceable
+from training.tables.commands.files import atomic_write, check_replaceable
 from training.tables.items import ItemTable
 
 

@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoProcessor
 from modeling_notellm2 import ItemError
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.pixels_notellm2 import join_pictures
+from training.tables.commands.model_folder import loading
 from training.tables.items import Item, ItemTable
-from training.tables.model_folder import loading
 from training.tables.rejects import Reject, Rejects
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from hub.catalogue.catalogue import Batch, Catalogue, new_folder
 from hub.catalogue.shards import embeddings_array, write_parquet
-from training.tables.files import write_json
+from training.tables.commands.files import write_json
 from training.tables.items import load_items
 
 

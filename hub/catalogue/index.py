@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from hub.catalogue.catalogue import Catalogue, rows_of_ids
-from training.tables.commands import about
+from training.tables.commands.handler import about
 
 
 INDEX_FILE, IDS_FILE, RECORD = "index.faiss", "ids.arrow", "index.json"

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hub.catalogue.encoder import EncodedBlock
-from training.tables.commands import about
-from training.tables.files import atomic_write, write_json
-from training.tables.outputs import LOCK, locked
+from training.tables.commands.files import atomic_write, write_json
+from training.tables.commands.handler import about
+from training.tables.commands.outputs import LOCK, locked
 from training.tables.rejects import Reject
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_notellm2.images_notellm2 import image_sources, load_image
-from training.tables.files import write_text
+from training.tables.commands.files import write_text
 
 
 TEMPLATE = "gallery.html.jinja"

@@ -28,7 +28,7 @@ from hub.publishing.sending import Publication
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.prompts_notellm2 import ItemError
 from training.tables.columns import ITEM_FIELDS
-from training.tables.files import atomic_write
+from training.tables.commands.files import atomic_write
 from training.tables.items import Item, ItemTable, load_items
 from training.tables.pairs import PAIR_IDS
 from training.tables.reading import Table, open_table

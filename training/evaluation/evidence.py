@@ -63,8 +63,8 @@ from training.evaluation.retrieval import (
 from training.evaluation.slices import ItemFacts, item_facts, measure_slices, query_slices
 from training.reporting.evaluation_plots import draw_plots
 from training.reporting.evaluation_tables import as_markdown
-from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
-from training.tables.files import write_json, write_text
+from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
+from training.tables.commands.files import write_json, write_text
 from training.tables.items import ItemTable
 from training.trainer.adapters import unwrap_adapter
 from training.trainer.batches import ItemCollator

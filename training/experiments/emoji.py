@@ -22,9 +22,9 @@ import datasets
 import emoji
 
 from training.experiments.tables import write_rows
-from training.tables.commands import DONE, command, parse
-from training.tables.files import write_text
-from training.tables.outputs import Output, claimed
+from training.tables.commands.files import write_text
+from training.tables.commands.handler import DONE, command, parse
+from training.tables.commands.outputs import Output, claimed
 
 
 COUNTRY_FLAGS = "country-flag"

@@ -20,8 +20,8 @@ import yaml
 from tqdm.auto import tqdm
 
 from training.experiments.findings_runs import BASELINES, ITEM_TRANSFORMS, measure_run
-from training.tables.commands import DONE, OptionParser, command
-from training.tables.files import atomic_write
+from training.tables.commands.files import atomic_write
+from training.tables.commands.handler import DONE, OptionParser, command
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from scipy.stats import t
 
 from training.experiments.findings import read_results
 from training.reporting.figures import write_figure
-from training.tables.commands import DONE, FileError, OptionParser, about, command
+from training.tables.commands.handler import DONE, FileError, OptionParser, about, command
 
 
 CONFIDENCE = 0.95

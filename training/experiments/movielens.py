@@ -24,9 +24,9 @@ from training.experiments.log_baselines import log_embeddings, measure_embedding
 from training.experiments.tables import write_rows
 from training.mine import Mined, mine, show
 from training.mining.cooccurrence import MiningArguments
-from training.tables.commands import DONE, command, parse, plain_console
-from training.tables.files import write_json
-from training.tables.outputs import GENERATOR, Output, claimed
+from training.tables.commands.files import write_json
+from training.tables.commands.handler import DONE, command, parse, plain_console
+from training.tables.commands.outputs import GENERATOR, Output, claimed
 
 
 ITEM_FEATURES = datasets.Features(

@@ -30,8 +30,8 @@ from training.experiments.emoji import (
     split_and_pair,
     write_tables,
 )
-from training.tables.commands import DONE, command, parse
-from training.tables.outputs import Output, claimed
+from training.tables.commands.handler import DONE, command, parse
+from training.tables.commands.outputs import Output, claimed
 
 
 PACKAGE = "openmoji@17.0.0"

@@ -7,8 +7,8 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 
-from training.tables.files import atomic_write
-from training.tables.outputs import marked
+from training.tables.commands.files import atomic_write
+from training.tables.commands.outputs import marked
 
 
 def write_rows(rows: Sequence[dict[str, Any]], features: datasets.Features, path: Path) -> None:

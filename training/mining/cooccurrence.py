@@ -23,7 +23,7 @@ import ibis
 from ibis import Table
 from ibis.expr.types import BooleanValue, Column, FloatingValue, IntegerValue
 
-from training.tables.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
+from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 
 
 IDS = ("user_id", "item_id")

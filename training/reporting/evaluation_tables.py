@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from training.tables.commands import plain_console
-from training.tables.outputs import MARK
+from training.tables.commands.handler import plain_console
+from training.tables.commands.outputs import MARK
 
 
 PROTOCOLS = {

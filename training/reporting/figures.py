@@ -4,8 +4,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from training.tables.files import atomic_write
-from training.tables.outputs import MARK
+from training.tables.commands.files import atomic_write
+from training.tables.commands.outputs import MARK
 
 
 DPI = 120

@@ -15,7 +15,7 @@ from modeling_notellm2.prompts_notellm2 import ItemError
 from training.reporting.evaluation_tables import label_rows, metric_rows, short_slice_rows
 from training.reporting.run_plots import draw_report_plots
 from training.reporting.summary import result_rows
-from training.tables.files import write_text
+from training.tables.commands.files import write_text
 from training.tables.items import ItemTable
 
 

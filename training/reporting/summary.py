@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from training.tables.commands import plain_console
+from training.tables.commands.handler import plain_console
 
 
 SHOWN = ("recall@1", "recall@10", "recall@100", "precision@10")

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from training.tables.columns import FILE_COLUMNS, IMAGE_TYPE, cells_column, form_of, other_of, reason_of
-from training.tables.files import atomic_write
+from training.tables.commands.files import atomic_write
 from training.tables.formats import EMPTY_LINE, Block, TablePart, Types, open_part
 from training.tables.rejects import Reject, RejectedRows, Rejects, TableError, write_rejects
 from training.tables.sources import cache_folder, parts_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from training.tables.files import atomic_write
+from training.tables.commands.files import atomic_write
 
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 
-from training.tables.files import write_json
+from training.tables.commands.files import write_json
 from training.tables.rejects import TableError
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from training.tables.commands import plain_console
+from training.tables.commands.handler import plain_console
 from training.tables.items import ItemTable, load_items
 from training.tables.pairs import PAIR_IDS, MatchedPairs, match_pairs
 from training.tables.rejects import RejectedRows, Rejects, write_rejects

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, BitsAndBytesConfig
 
 from modeling_notellm2 import NoteLLM2Model
-from training.tables.files import atomic_write
-from training.tables.model_folder import loading
+from training.tables.commands.files import atomic_write
+from training.tables.commands.model_folder import loading
 from training.trainer.arguments import ModelArguments
 
 

@@ -10,7 +10,7 @@ import yaml
 from transformers import TrainingArguments
 
 from modeling_notellm2 import DTYPES, Precision, choose_precision
-from training.tables.commands import OptionParser
+from training.tables.commands.handler import OptionParser
 
 
 FIXED = {

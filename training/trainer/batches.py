@@ -21,7 +21,7 @@ from transformers.utils import logging
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.pixels_notellm2 import join_pictures
 from modeling_notellm2.prompts_notellm2 import ItemError
-from training.tables.files import write_text
+from training.tables.commands.files import write_text
 from training.tables.images import Item, content_key, read_encoded
 from training.tables.items import ItemTable
 from training.tables.pairs import PairTable

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from training.tables.files import write_json
+from training.tables.commands.files import write_json
 
 
 logger = logging.get_logger(__name__)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from training.tables.commands import Stopped
+from training.tables.commands.handler import Stopped
 from training.trainer.checkpoints import newest_checkpoint, output_folder
 
 

@@ -26,7 +26,7 @@ from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.pixels_notellm2 import join_pictures
 from modeling_notellm2.prompts_notellm2 import ItemError
 from modeling_notellm2.vision_notellm2 import VisionFeatures, join_features
-from training.tables.files import atomic_write
+from training.tables.commands.files import atomic_write
 from training.tables.images import KEY_BYTES, Item, content_key, map_items, read_encoded
 
 

@@ -14,7 +14,7 @@ import ray
 from hub.catalogue.shards import REJECTS
 from hub.encode import EncodeArguments, encode
 from tests.support.catalogue import arguments, checksums, make_items, read_shards, write_items
-from training.tables.commands import FileError
+from training.tables.commands.handler import FileError
 
 
 def encode_in_child(job: EncodeArguments, renames: int | None) -> None:

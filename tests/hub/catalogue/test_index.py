@@ -22,8 +22,8 @@ from hub.catalogue.shards import ShardError, embeddings_array, file_sha256
 from hub.encode import EncodeArguments, encode
 from hub.index import BuildArguments, Index, build
 from tests.support.catalogue import SMALL, make_items, png, read_shards, vectors, write_items
-from training.tables.commands import FileError
-from training.tables.files import write_json
+from training.tables.commands.files import write_json
+from training.tables.commands.handler import FileError
 
 
 CLUSTERED, WIDTH = 12_000, 16

@@ -13,8 +13,8 @@ import torch
 
 from training.experiments.log_baselines import log_embeddings, measure_embeddings
 from training.experiments.movielens import MovieLensArguments, prepare, read_items, read_log
+from training.tables.commands.outputs import GENERATOR
 from training.tables.items import load_items
-from training.tables.outputs import GENERATOR
 from training.tables.pairs import load_pairs
 from training.trainer.arguments import parse
 

@@ -18,7 +18,7 @@ import torch
 from rich.table import Table
 from safetensors import safe_open
 
-from training.tables.commands import (
+from training.tables.commands.handler import (
     DONE_WITH_REJECTS,
     FileError,
     OptionError,
@@ -31,7 +31,7 @@ from training.tables.commands import (
 )
 
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 @dataclass
@@ -144,7 +144,7 @@ WORKING = """
 import sys, time
 import torch
 from torch.utils.data import DataLoader
-from training.tables.commands import command
+from training.tables.commands.handler import command
 
 class Slow(torch.utils.data.Dataset):
     def __len__(self):

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from transformers import AutoModel
 
-from training.tables.commands import FileError
-from training.tables.model_folder import loading
+from training.tables.commands.handler import FileError
+from training.tables.commands.model_folder import loading
 
 
 def load(folder) -> None:

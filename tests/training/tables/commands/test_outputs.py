@@ -16,9 +16,9 @@ from hub.card import write_card
 from tests.support.models import make_model
 from training.mine import main as mine
 from training.reporting.figures import write_figure
-from training.tables.commands import FileError, OptionError
-from training.tables.files import write_json
-from training.tables.outputs import GENERATOR, Output, check_inputs, claimed, stranger_at
+from training.tables.commands.files import write_json
+from training.tables.commands.handler import FileError, OptionError
+from training.tables.commands.outputs import GENERATOR, Output, check_inputs, claimed, stranger_at
 
 
 PRECIOUS = "the user's own\n"
@@ -153,7 +153,7 @@ def test_our_own_results_are_replaced_wherever_they_went(place, capsys):
 HOLD = """
 import sys, time
 from pathlib import Path
-from training.tables.outputs import Output, claimed
+from training.tables.commands.outputs import Output, claimed
 with claimed([Output("--output", Path(sys.argv[1]), tuple(sys.argv[2:]))], []):
     print("held", flush=True)
     time.sleep(60)

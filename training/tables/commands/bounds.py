@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
-from training.tables.commands import OptionError
+from training.tables.commands.handler import OptionError
 
 
 @dataclass(frozen=True)

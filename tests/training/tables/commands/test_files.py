@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from training.tables.files import atomic_write, check_replaceable, write_json, write_text
+from training.tables.commands.files import atomic_write, check_replaceable, write_json, write_text
 
 
 KILLED = """
 import os, signal, sys
-from training.tables.files import atomic_write
+from training.tables.commands.files import atomic_write
 with atomic_write(sys.argv[1]) as place:
     place.write_text("half")
     print("writing", flush=True)

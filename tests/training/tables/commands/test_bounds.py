@@ -12,8 +12,8 @@ from hub.index import SearchArguments
 from training.evaluate import EvaluateArguments, MeasureOptions
 from training.hard_negatives import HardNegativesArguments
 from training.mining.cooccurrence import MiningArguments
-from training.tables.bounds import Bounds, check_bounds
-from training.tables.commands import OptionError
+from training.tables.commands.bounds import Bounds, check_bounds
+from training.tables.commands.handler import OptionError
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from training.tables.commands import FileError, about
+from training.tables.commands.handler import FileError, about
 
 
 MODEL_TYPE = "notellm2"

@@ -25,7 +25,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training.tables.commands import FileError, OptionError
+from training.tables.commands.handler import FileError, OptionError
 
 
 MARK = "written by notellm2"

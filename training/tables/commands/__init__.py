@@ -1,0 +1,1 @@
+"""What all commands share: how they start and end, options with bounds, files written whole, guarded outputs."""

@@ -140,17 +140,25 @@ def config_overrides(arguments: AssembleArguments) -> dict[str, Any]:
     }
 
 
-def save(model: NoteLLM2Model, processor: NoteLLM2Processor, arguments: AssembleArguments) -> Path:
-    """Write model, processor, code and options to `--output`, in place of an earlier result."""
+def write(arguments: AssembleArguments) -> NoteLLM2Model:
+    """Join, and write model, processor, code and options to `--output`, in place of an earlier result."""
     output = Path(arguments.output)
-    check_replaceable(output, RECORD)
-    with atomic_write(output) as place:
+    with claimed([Output("--output", output)], (arguments.text, arguments.vision)):
+        check_replaceable(output, RECORD)
+        model, processor = assemble(arguments)
+        save(model, processor, arguments)
+    return model
+
+
+def save(model: NoteLLM2Model, processor: NoteLLM2Processor, arguments: AssembleArguments) -> None:
+    """Write model, processor, code and options to `--output`, in place of an earlier result alone."""
+    check_replaceable(Path(arguments.output), RECORD)
+    with atomic_write(arguments.output) as place:
         model.save_pretrained(place)
         processor.save_pretrained(place)
         if arguments.check:
             check_saved(place, model)
         write_json(asdict(arguments), place / RECORD)
-    return output
 
 
 def describe(model: NoteLLM2Model) -> str:
@@ -175,11 +183,10 @@ def describe(model: NoteLLM2Model) -> str:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(AssembleArguments, options=options)
-    with claimed([Output("--output", Path(arguments.output))], (arguments.text, arguments.vision)):
-        check_replaceable(Path(arguments.output), RECORD)
-        model, processor = assemble(arguments)
-        output = save(model, processor, arguments)
-    print(f"{describe(model)}\n{output}: model, processor and code; load it with AutoModel and AutoProcessor.")
+    model = write(arguments)
+    print(
+        f"{describe(model)}\n{arguments.output}: model, processor and code; load it with AutoModel and AutoProcessor."
+    )
     return DONE
 
 

@@ -22,11 +22,13 @@ from hub.cards.findings import eval_results, findings, model_metrics, protocol, 
 from hub.cards.model import DescribedModel, check_id, is_hub_id, read_model
 from training.tables.commands.files import write_text
 from training.tables.commands.handler import DONE, command, parse
+from training.tables.commands.hashes import check_weights, weights_of
 from training.tables.commands.outputs import Output, check_inputs
 
 
 TEMPLATE = Path(__file__).parent / "cards" / "card.md.jinja"
 CARD = "README.md"
+METRICS = "metrics.json"
 PNG = b"\x89PNG\r\n\x1a\n"
 MARKER = "<!-- written by hub/card.py: an edited card without this line is kept -->"
 LIBRARY, TASK = "transformers", "feature-extraction"
@@ -111,8 +113,8 @@ def write_card(
         replace: also a README.md that this function didn't write.
 
     Raises:
-        ValueError: for a folder that holds no model, metrics of another form, an id that is none, a plot that is no PNG, or a
-            README.md that is not ours.
+        ValueError: for a folder that holds no model, metrics of another form or of other weights, an id that is none, a plot
+            that is no PNG, or a README.md that is not ours.
         OSError: for a file that can't be read or written.
     """
     folder = Path(model_folder)
@@ -120,6 +122,7 @@ def write_card(
     if path.exists() and not replace and MARKER not in path.read_text(encoding="utf-8"):
         raise ValueError(f"{path} was not written by this command; pass replace (--replace) to write over it.")
     model, measured = read_model(folder), read_metrics(metrics)
+    check_weights(METRICS if isinstance(metrics, Mapping) else str(metrics), measured, weights_of(folder))
     for one in [*([repo_id] if repo_id else []), *(datasets or []), *(base_models or [])]:
         check_id(one)
     name = (repo_id or folder.resolve().name).split("/")[-1]

@@ -16,7 +16,7 @@ import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,13 +35,13 @@ from hub.catalogue.shards import (
     Plan,
     ShardWriter,
     close_job,
-    file_sha256,
     open_job,
     read_rejects,
 )
 from modeling_notellm2 import DTYPES, Precision, choose_precision
 from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command, parse
+from training.tables.commands.hashes import file_sha256
 from training.tables.commands.model_folder import loading
 from training.tables.commands.outputs import Output, check_inputs
 from training.tables.items import load_items
@@ -126,6 +126,7 @@ def encode(arguments: EncodeArguments) -> dict[str, Any]:
         ValueError: for a table, model, output folder or options that can't be used, or when no row can be.
         OSError: when a file can't be read or written.
     """
+    check_inputs([Output("--output", Path(arguments.output))], (arguments.model, arguments.items))
     model_folder = find_model(arguments.model, arguments.revision)
     precision = choose_precision(arguments.dtype, arguments.device)
     print(f"Precision: {precision}")
@@ -238,6 +239,13 @@ def describe_model(folder: Path) -> dict[str, str]:
         return {path.name: file_sha256(path) for path in bar}
 
 
+def model_changes(known: Mapping[str, str], files: Mapping[str, str]) -> list[str]:
+    """Files in which two models differ, both as `describe_model` gives them. Of files that only one of them has, weights
+    count; publishing adds others."""
+    weights = {name for name in {*known, *files} if name.endswith((".safetensors", ".bin"))}
+    return sorted(name for name in weights | (known.keys() & files.keys()) if known.get(name) != files.get(name))
+
+
 def describe_job(arguments: EncodeArguments, model_folder: Path, table: Table) -> dict[str, Any]:
     """Everything that decides what the shards hold. The engine and its workers don't."""
     files = describe_model(model_folder)
@@ -283,7 +291,6 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(EncodeArguments, options=options)
-    check_inputs([Output("--output", Path(arguments.output))], (arguments.model, arguments.items))
     manifest = encode(arguments)
     print(summary(manifest, Path(arguments.output)))
     return DONE_WITH_REJECTS if manifest["counts"]["rejects"] else DONE

@@ -27,7 +27,7 @@ from hub.catalogue.encoder import ItemEncoder, Place, items_between
 from hub.pages.gallery import GalleryView, nearest, write_gallery
 from modeling_notellm2 import DTYPES, choose_precision
 from training.tables.commands.bounds import AtLeastOne, check_bounds
-from training.tables.commands.files import write_text
+from training.tables.commands.files import atomic_writes, write_text
 from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command, parse
 from training.tables.commands.model_folder import loading
 from training.tables.commands.outputs import Output, claimed
@@ -173,9 +173,20 @@ def gallery(arguments: GalleryArguments) -> Catalogue:
     """Embeds, searches and writes the page and the list of rows left out.
 
     Raises:
-        ValueError: for tables, ids or numbers that can't be used.
+        ValueError: for tables, ids or numbers that can't be used, or outputs that can't be written to.
         OSError: for a model or file that can't be read.
     """
+    output = Path(arguments.output)
+    places = [Output("--output", output), Output("--output", output.with_suffix(".rejects.jsonl"))]
+    with (
+        claimed(places, (arguments.model, arguments.items, arguments.pairs)),
+        atomic_writes(*(place.path for place in places)) as (page, rejects),
+    ):
+        return make_gallery(arguments, page, rejects)
+
+
+def make_gallery(arguments: GalleryArguments, page: Path, rejects: Path) -> Catalogue:
+    """What `gallery` does, at the places where its files are written."""
     # The encoder opens the pictures.
     items, left_out = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
     if arguments.label_column:
@@ -193,9 +204,8 @@ def gallery(arguments: GalleryArguments) -> Catalogue:
     labels = items.column(arguments.label_column) if arguments.label_column else None
     partners = read_partners(arguments.pairs, items, arguments.encoding) if arguments.pairs else None
     queries = choose_queries(catalogue, arguments, partners)
-    output = Path(arguments.output)
     write_gallery(
-        output,
+        page,
         catalogue.item_ids,
         lambda position: items[position],
         catalogue.views,
@@ -216,7 +226,7 @@ def gallery(arguments: GalleryArguments) -> Catalogue:
         {"item_id": "".join(reject.ids), "file": reject.file, "row": reject.row, "reason": reject.reason}
         for reject in sorted(catalogue.rejects, key=lambda reject: (reject.file, reject.row))
     ]
-    write_text("".join(f"{json.dumps(line)}\n" for line in lines), output.with_suffix(".rejects.jsonl"))
+    write_text("".join(f"{json.dumps(line)}\n" for line in lines), rejects)
     return catalogue
 
 
@@ -224,10 +234,7 @@ def gallery(arguments: GalleryArguments) -> Catalogue:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(GalleryArguments, options=options)
-    output = Path(arguments.output)
-    places = [Output("--output", output), Output("--output", output.with_suffix(".rejects.jsonl"))]
-    with claimed(places, (arguments.model, arguments.items, arguments.pairs)):
-        catalogue = gallery(arguments)
+    catalogue = gallery(arguments)
     size = Path(arguments.output).stat().st_size / 1e6
     print(f"{arguments.output}: {size:.1f} MB, open it in a browser. {len(catalogue.item_ids):,} items compared.")
     if catalogue.rejects:

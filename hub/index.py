@@ -28,8 +28,8 @@ from rich.text import Text
 from hub.catalogue.catalogue import EMBEDDING, VISUAL_EMBEDDING, Catalogue, new_folder
 from hub.catalogue.encoder import ItemEncoder, Place
 from hub.catalogue.exports import FORMATS, export
-from hub.catalogue.index import IDS_FILE, INDEX_FILE, RECORD, Index, choose_parameters, make_index, sample
-from hub.encode import describe_model, find_model
+from hub.catalogue.index import IDS_FILE, INDEX_FILE, RECORD, Index, choose_parameters, hashes_of, make_index, sample
+from hub.encode import describe_model, find_model, model_changes
 from modeling_notellm2 import DTYPES, choose_precision
 from training.tables.columns import item_of
 from training.tables.commands.bounds import AtLeastOne, check_bounds
@@ -98,9 +98,15 @@ def build(arguments: BuildArguments) -> dict[str, Any]:
     """Build an index; returns what index.json holds.
 
     Raises:
-        ValueError: for embeddings or an item table that can't be relied on, or too few items for the kind.
+        ValueError: for embeddings or an item table that can't be relied on, too few items for the kind, or an output that
+            can't be written to.
     """
-    catalogue = Catalogue.open(arguments.embeddings)
+    with claimed([Output("--output", Path(arguments.output))], (arguments.embeddings, arguments.items)):
+        return build_from(Catalogue.open(arguments.embeddings), arguments)
+
+
+def build_from(catalogue: Catalogue, arguments: BuildArguments) -> dict[str, Any]:
+    """What `build` does, of an encoded catalogue."""
     table = None
     if arguments.items:
         table, _ = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
@@ -129,6 +135,7 @@ def build(arguments: BuildArguments) -> dict[str, Any]:
             "embedding": column,
             "parameters": parameters,
             "model": catalogue.manifest["job"]["model"],
+            "hashes": hashes_of(folder),
             "faiss": faiss.__version__,
         }
         write_json(settings, folder / RECORD)
@@ -149,8 +156,7 @@ def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto"
         raise ValueError(f"{path}: an item is a JSON object, this is a {type(raw).__name__}.")
     known = index.settings["model"]
     folder = find_model(model or known["source"], None if model else known["revision"])
-    changed = [name for name, digest in describe_model(folder).items() if known["files"].get(name, digest) != digest]
-    if changed:
+    if changed := model_changes(known["files"], describe_model(folder)):
         raise ValueError(f"{folder} is not the model of this index: {', '.join(changed)} differs.")
     visual = index.settings["embedding"] == VISUAL_EMBEDDING
     encoder = ItemEncoder(str(folder), choose_precision(dtype).name, visual=visual)
@@ -218,8 +224,7 @@ def main(options: Sequence[str] | None = None) -> int | None:
     if verb == "search":
         plain_console().print(search(arguments))
         return DONE
-    with claimed([Output("--output", Path(arguments.output))], (arguments.embeddings, arguments.items)):
-        write(arguments)
+    write(arguments)
     return DONE
 
 

@@ -18,15 +18,19 @@ from transformers import AutoModel, AutoProcessor
 from modeling_notellm2 import DTYPES, choose_precision
 from training.evaluation.evidence import MeasureOptions, evaluate_model, write_results
 from training.evaluation.slices import count_in_pairs
+from training.reporting.evaluation_plots import EVALUATION
 from training.reporting.evaluation_tables import show
-from training.reporting.page import PLOTS
 from training.tables.commands.bounds import AtLeastOne, NotNegative, check_bounds
 from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command, parse
+from training.tables.commands.hashes import weights_of
 from training.tables.commands.model_folder import loading
-from training.tables.commands.outputs import GENERATOR, Output, claimed
+from training.tables.commands.outputs import Output, claimed
 from training.tables.items import load_items
 from training.tables.pairs import load_pairs, pair_positions, trained_share
 from training.tables.rejects import TableError, write_rejects
+
+
+WRITTEN = ("rejects.jsonl", *EVALUATION)
 
 
 @dataclass
@@ -69,6 +73,13 @@ class EvaluateArguments:
 
 def run(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]:
     """The whole job; returns what evaluation.json holds."""
+    inputs = (arguments.model, arguments.compare, arguments.items, arguments.pairs, arguments.train_pairs)
+    with claimed([Output("--output", Path(arguments.output), WRITTEN)], inputs):
+        return evaluate(arguments, options)
+
+
+def evaluate(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]:
+    """What `run` does, with the outputs' places held."""
     output = Path(arguments.output)
     items, rejects = load_items(
         arguments.items, arguments.split, num_workers=arguments.num_workers, encoding=arguments.encoding
@@ -104,8 +115,8 @@ def run(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]
     with (output / "rejects.jsonl").open(encoding="utf-8") as lines:
         counts = {"items": len(items), "pairs": len(table.pairs), "rejected_rows": sum(1 for _ in lines)}
     report = {
-        **GENERATOR,
         "model": arguments.model,
+        "weights": weights_of(Path(arguments.model)),
         "compared_with": arguments.compare,
         "precision": asdict(precision),
         "settings": {**asdict(arguments), **asdict(options)},
@@ -129,10 +140,7 @@ def _load(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     arguments, measured = parse(EvaluateArguments, MeasureOptions, options=options)
-    written = ("evaluation.json", "evaluation.md", "rejects.jsonl", *PLOTS)
-    inputs = (arguments.model, arguments.compare, arguments.items, arguments.pairs, arguments.train_pairs)
-    with claimed([Output("--output", Path(arguments.output), written)], inputs):
-        report = run(arguments, measured)
+    report = run(arguments, measured)
     return DONE_WITH_REJECTS if report["counts"]["rejected_rows"] else DONE
 
 

@@ -70,6 +70,13 @@ class HardNegativesArguments:
 
 def run(arguments: HardNegativesArguments) -> None:
     """The whole job; prints how many negatives were found."""
+    inputs = (arguments.model, arguments.items, arguments.pairs)
+    with claimed([Output("--output", Path(arguments.output))], inputs):
+        mine(arguments)
+
+
+def mine(arguments: HardNegativesArguments) -> None:
+    """What `run` does, with the output's place held."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     items, _ = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
     matched = match_pairs(arguments.pairs, items, encoding=arguments.encoding)
@@ -94,9 +101,7 @@ def run(arguments: HardNegativesArguments) -> None:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(HardNegativesArguments, options=options)
-    inputs = (arguments.model, arguments.items, arguments.pairs)
-    with claimed([Output("--output", Path(arguments.output))], inputs):
-        run(arguments)
+    run(arguments)
     return DONE
 
 

@@ -8,8 +8,8 @@ either side of --split_time if given, and beside the output `PAIRS.rejects.jsonl
 import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import json
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ from training.mining.cooccurrence import (
 )
 from training.mining.engines import engine_errors, kept, opened, read_log
 from training.mining.logs import REJECTS_LISTED, BrokenRows
-from training.tables.commands.files import atomic_write
+from training.tables.commands.files import atomic_write, atomic_writes, scratch_folder
 from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command, parse, plain_console
 from training.tables.commands.outputs import Output, claimed, marked
 
@@ -70,29 +70,56 @@ def mine(arguments: MiningArguments) -> Mined:
 
     Raises:
         MiningError: for a log that can't be used, or when no pair is left.
+        OptionError, FileError: for outputs that can't be written to.
     """
     output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    spill = tempfile.TemporaryDirectory(prefix=".mine-", dir=arguments.temp_directory or output.parent)
-    with spill as folder, opened(arguments, Path(folder)) as backend, ExitStack() as stack:
+    places = [Output("--output", output), Output("--output", rejects_of(output))]
+    if arguments.test_output:
+        places.append(Output("--test_output", Path(arguments.test_output)))
+    with (
+        claimed(places, [arguments.interactions]),
+        scratch_folder(Path(arguments.temp_directory or output.parent), "mine") as folder,
+        opened(arguments, folder) as backend,
+    ):
+        return mine_log(backend, arguments, folder)
+
+
+def mine_log(backend: BaseBackend, arguments: MiningArguments, folder: Path) -> Mined:
+    """Read the log and write what belongs together: pair tables and rejects. Without pairs, the rejects alone are written.
+
+    Args:
+        folder: for what is needed meanwhile.
+    """
+    output, listed = Path(arguments.output), folder / "rejects.jsonl"
+    with ExitStack() as stack:
 
         def keep(table: Table) -> Table:
             return stack.enter_context(kept(backend, table))
 
-        rejected, usable = read_usable(backend, arguments, Path(folder), rejects_of(output), keep)
-        if not _count(usable):
-            listed = ", ".join(f"{reason} ({count:,})" for reason, count in rejected.items())
-            raise MiningError(f"No row of the log is usable: {listed or 'it is empty'}. See {rejects_of(output)}.")
-        if arguments.split_time is None or arguments.test_output is None:
-            sides = {"all": (usable, output)}
-        else:
-            split = parse_time(arguments.split_time, arguments.timestamp_unit)
-            sides = {
-                "train": (usable.filter(usable.time < split), output),
-                "test": (usable.filter(usable.time >= split), Path(arguments.test_output)),
-            }
-        counts = {name: mine_side(backend, log, arguments, path, name) for name, (log, path) in sides.items()}
+        try:
+            rejected, usable = read_usable(backend, arguments, folder, listed, keep)
+            sides = sides_of(usable, arguments)
+            with atomic_writes(rejects_of(output), *(path for _, path in sides.values())) as (rejects, *places):
+                logs = zip(sides, [log for log, _ in sides.values()], places, strict=True)
+                counts = {name: mine_side(backend, log, arguments, place, name) for name, log, place in logs}
+                shutil.copyfile(listed, rejects)
+        except MiningError:
+            if listed.exists():
+                with atomic_write(rejects_of(output)) as rejects:
+                    shutil.copyfile(listed, rejects)
+            raise
     return Mined(rejected, counts)
+
+
+def sides_of(usable: Table, arguments: MiningArguments) -> dict[str, tuple[Table, Path]]:
+    """The log as it is mined, in whole or on either side of --split_time: name to rows and the pairs' place."""
+    if arguments.split_time is None or arguments.test_output is None:
+        return {"all": (usable, Path(arguments.output))}
+    split = parse_time(arguments.split_time, arguments.timestamp_unit)
+    return {
+        "train": (usable.filter(usable.time < split), Path(arguments.output)),
+        "test": (usable.filter(usable.time >= split), Path(arguments.test_output)),
+    }
 
 
 def read_usable(
@@ -107,15 +134,20 @@ def read_usable(
             raw = read_log(backend, arguments.interactions, folder, arguments.encoding, arguments.comment, native)
             rows = check_rows(raw.rows, arguments.timestamp_unit)
             rejected = write_rejects(raw.broken, keep(rows.filter(rows.reason.notnull())), rejects)
-            return rejected, keep(rows.filter(rows.reason.isnull()).select("user_id", "item_id", "time"))
+            usable = keep(rows.filter(rows.reason.isnull()).select("user_id", "item_id", "time"))
+            break
         except engine_errors(backend):
             if not native:
                 raise
-    raise AssertionError
+    if not _count(usable):
+        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in rejected.items())
+        place = rejects_of(Path(arguments.output))
+        raise MiningError(f"No row of the log is usable: {reasons or 'it is empty'}. See {place}.")
+    return rejected, usable
 
 
 def mine_side(backend: BaseBackend, log: Table, arguments: MiningArguments, output: Path, name: str) -> dict[str, int]:
-    """Mine one log, or one side of it, into a Parquet file.
+    """Mine one log, or one side of it, into a Parquet file at `output`.
 
     Args:
         log: user_id, item_id, time.
@@ -130,8 +162,7 @@ def mine_side(backend: BaseBackend, log: Table, arguments: MiningArguments, outp
         labels = ["pairs", *(f"  {label}" for label in make_filters(arguments))]
         best = f"  among the {arguments.top_targets} best of the query" if arguments.top_targets else "  written"
         counts |= dict.fromkeys([*labels, best], 0)
-        place = stack.enter_context(atomic_write(output))
-        writer = stack.enter_context(pq.ParquetWriter(place, marked(PAIR_SCHEMA)))
+        writer = stack.enter_context(pq.ParquetWriter(output, marked(PAIR_SCHEMA)))
         total = sum(part["candidates"] for part in parts)
         bar = stack.enter_context(tqdm(total=total, desc=f"Mining ({name})", unit="candidate", unit_scale=True))
         for part in parts:
@@ -193,7 +224,7 @@ def write_rejects(broken: BrokenRows, rejects: Table, path: Path) -> dict[str, i
     by_reason = rejects.group_by("reason").agg(rows=rejects.count()).order_by("reason").execute()
     counts = dict(sorted(broken.counts.items()))
     counts |= {reason: int(count) for reason, count in by_reason.itertuples(index=False)}
-    with atomic_write(path) as place, place.open("w", encoding="utf-8") as stream:
+    with path.open("w", encoding="utf-8") as stream:
         for row in (*broken.listed, *rejects.limit(REJECTS_LISTED).to_pyarrow().to_pylist()):
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     return counts
@@ -248,12 +279,7 @@ def _count(table: Table) -> int:
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(MiningArguments, options=options)
-    output = Path(arguments.output)
-    places = [Output("--output", output), Output("--output", rejects_of(output))]
-    if arguments.test_output:
-        places.append(Output("--test_output", Path(arguments.test_output)))
-    with claimed(places, [arguments.interactions]):
-        mined = mine(arguments)
+    mined = mine(arguments)
     show(mined, arguments)
     return DONE_WITH_REJECTS if mined.rejected else DONE
 

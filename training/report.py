@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training.reporting.page import PAGE, PLOTS, write_report
+from training.reporting.page import PAGE, write_report
+from training.reporting.run_plots import RUN_PLOTS
 from training.tables.commands.handler import DONE, FileError, command, parse
+from training.tables.commands.hashes import weights_of
 from training.tables.commands.outputs import Output, claimed
 from training.tables.items import ItemTable, load_items
 
@@ -42,17 +44,26 @@ def items_of(run: Path, source: str | None) -> ItemTable | None:
     return items.select(items.where("split", split)) if split else items
 
 
+def report(arguments: ReportArguments) -> Path:
+    """The whole job; returns the page's place.
+
+    Raises:
+        FileError: for a folder of no finished run, or whose metrics are of another model.
+    """
+    run = Path(arguments.run)
+    try:
+        items = items_of(run, arguments.items)
+        with claimed([Output("--run", run, (PAGE, *RUN_PLOTS))], [arguments.items]):
+            return write_report(run, items, weights_of(run / "model"))
+    except FileNotFoundError as error:
+        raise FileError(f"{run} is no folder of a finished run: {error}") from error
+
+
 @command("training/report.py")
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(ReportArguments, options=options)
-    run = Path(arguments.run)
-    try:
-        items = items_of(run, arguments.items)
-        with claimed([Output("--run", run, (PAGE, *PLOTS))], [arguments.items]):
-            print(f"Report: {write_report(run, items)}")
-    except FileNotFoundError as error:
-        raise FileError(f"{run} is no folder of a finished run: {error}") from error
+    print(f"Report: {report(arguments)}")
     return DONE
 
 

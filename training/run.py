@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,13 @@ from transformers import AutoProcessor, set_seed
 
 from training.evaluation.embed import evaluate_in_training
 from training.evaluation.run_figures import Clock, RunFigures
-from training.reporting.page import PLOTS, write_report
+from training.reporting.evaluation_plots import EVALUATION
+from training.reporting.page import write_report
+from training.reporting.run_plots import RUN_PLOTS
 from training.reporting.summary import show
-from training.tables.commands.files import atomic_write, write_json
+from training.tables.commands.files import atomic_write, remove_files, write_json
 from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command
+from training.tables.commands.hashes import weights_of
 from training.tables.commands.model_folder import loading
 from training.tables.commands.outputs import GENERATOR, Output, claimed
 from training.tables.rejects import write_rejects
@@ -50,9 +53,9 @@ from training.trainer.trainer import NoteLLM2Trainer
 from training.trainer.vision_cache import VisionCache
 
 
-OF_ONE_MODEL = ("metrics.json", "evaluation.json", "evaluation.md", "report.html")
+OF_ONE_MODEL = ("metrics.json", "report.html", *EVALUATION, *RUN_PLOTS)
 """Files of a run's folder that say something false as soon as another model stands there."""
-WRITTEN = ("model", "rejects.jsonl", *OF_ONE_MODEL, *PLOTS)
+WRITTEN = ("model", "rejects.jsonl", *OF_ONE_MODEL)
 
 
 def save_model(trainer: NoteLLM2Trainer, folder: Path, merge: bool) -> None:
@@ -70,8 +73,7 @@ def save_model(trainer: NoteLLM2Trainer, folder: Path, merge: bool) -> None:
             trainer.processing_class.save_pretrained(place)
         if first:
             (place / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths
-            for name in OF_ONE_MODEL:  # before the model takes its place: a kill now leaves none that speaks of another
-                (folder.parent / name).unlink(missing_ok=True)
+            remove_files(folder.parent, OF_ONE_MODEL)  # first: a kill now leaves none that speaks of another model
 
 
 def make_trainer(
@@ -153,8 +155,24 @@ def counts(trainer: NoteLLM2Trainer, data: RunData) -> dict[str, int | None]:
 
 def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2TrainingArguments) -> dict[str, Any]:
     """Train a model and measure it before and after; returns what metrics.json holds."""
+    with held(options, tables, arguments, WRITTEN):
+        return train(options, tables, arguments)
+
+
+def held(
+    options: ModelArguments, tables: DataArguments, arguments: NoteLLM2TrainingArguments, parts: tuple[str, ...]
+) -> AbstractContextManager[None]:
+    """Check and hold what is written of the output folder; the first process does so for all of them."""
+    if arguments.process_index:
+        return nullcontext()
+    inputs = (options.model, tables.items, tables.train_pairs, tables.eval_pairs)
+    return claimed([Output("--output_dir", Path(arguments.output_dir), parts)], inputs)
+
+
+def train(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2TrainingArguments) -> dict[str, Any]:
+    """What `run` does, with the output folder held."""
     output, clock = Path(arguments.output_dir), Clock()
-    resume = agreed(checkpoint_to_resume(arguments.resume_from_checkpoint, output))
+    resume = agreed(once_per_machine(lambda: checkpoint_to_resume(arguments.resume_from_checkpoint, output)))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")  # the switch that Trainer's callback knows
     set_seed(arguments.seed)
     data = once_per_machine(lambda: load_data(tables, arguments.dataloader_num_workers))
@@ -182,7 +200,8 @@ def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Train
     trainer.leave_autocast()
     report |= {**figures.after_training(), "counts": counts(trainer, data), "trained_share": data.trained_share}
     save_model(trainer, output / "model", options.merge_adapter)  # before what is only for the report, which may fail
-    report |= figures.for_report()
+    report["weights"] = weights_of(output / "model") if trainer.is_world_process_zero() else None
+    report |= figures.for_report(report["weights"])
 
     report["train_loss"] = trained.metrics["train_loss"]
     report["log"] = trainer.state.log_history
@@ -215,15 +234,11 @@ def check_tables(tables: DataArguments, arguments: NoteLLM2TrainingArguments) ->
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     model, tables, arguments = parse(sys.argv[1:] if options is None else options)
-    written = ("rejects.jsonl",) if tables.validate_only else WRITTEN
-    place = Output("--output_dir", Path(arguments.output_dir), written)
-    inputs = (model.model, tables.items, tables.train_pairs, tables.eval_pairs)
-    # The first process holds the folder for all of them.
-    with claimed([place], inputs) if arguments.process_index == 0 else nullcontext():
-        if tables.validate_only:
+    if tables.validate_only:
+        with held(model, tables, arguments, ("rejects.jsonl",)):
             check_tables(tables, arguments)
-            return DONE
-        report = run(model, tables, arguments)
+        return DONE
+    report = run(model, tables, arguments)
     # A launcher of several processes takes any code but 0 for a failure.
     with_rejects = report["counts"]["rejected_rows"] and arguments.world_size == 1
     return DONE_WITH_REJECTS if with_rejects else DONE

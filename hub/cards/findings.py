@@ -68,6 +68,7 @@ def _of_evaluation(evaluation: Metrics) -> dict[str, Any]:
         "after": after,
         "counts": {"eval_items": counts.get("items"), "eval_pairs": counts.get("pairs")},
         "settings": {"label_column": evaluation.get("settings", {}).get("label_column")},
+        "weights": evaluation.get("weights"),
     }
 
 

@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from hub.catalogue.shards import MANIFEST, ShardError, file_sha256, read_manifest
+from hub.catalogue.shards import MANIFEST, ShardError, read_manifest
 from training.tables.commands.files import atomic_write, check_replaceable
+from training.tables.commands.hashes import file_sha256
 from training.tables.items import ItemTable
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 from hub.catalogue.catalogue import Batch, Catalogue, new_folder
 from hub.catalogue.shards import embeddings_array, write_parquet
 from training.tables.commands.files import write_json
+from training.tables.commands.outputs import Output, claimed
 from training.tables.items import load_items
 
 
@@ -40,9 +41,9 @@ def export(
     Raises:
         ValueError: for embeddings or an item table that can't be relied on, or an `output` that is something else.
     """
-    catalogue = Catalogue.open(embeddings)
-    table = load_items(items, split, check_images=False, encoding=encoding)[0] if items else None
-    with new_folder(Path(output), RECORD) as folder:
+    with claimed([Output("--output", Path(output))], (embeddings, items)), new_folder(Path(output), RECORD) as folder:
+        catalogue = Catalogue.open(embeddings)
+        table = load_items(items, split, check_images=False, encoding=encoding)[0] if items else None
         for number, batch in enumerate(catalogue.batches(items=table)):
             write_parquet(FORMATS[name](batch), folder / f"vectors-{number:05d}.parquet")
         record = {"format": name, "width": catalogue.width, "items": len(catalogue), "metric": "inner_product"}

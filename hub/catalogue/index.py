@@ -16,9 +16,12 @@ import pyarrow as pa
 
 from hub.catalogue.catalogue import Catalogue, rows_of_ids
 from training.tables.commands.handler import about
+from training.tables.commands.hashes import changes, file_xxh3
 
 
 INDEX_FILE, IDS_FILE, RECORD = "index.faiss", "ids.arrow", "index.json"
+HASHED = (INDEX_FILE, IDS_FILE)
+"""Rows of one are rows of the other, so both are held against their hashes."""
 PQ_BITS = 8
 POINTS_PER_CENTROID = 39
 """k-means of FAISS wants at least this many training vectors for each centroid."""
@@ -41,7 +44,7 @@ class Index:
     """An index on the disk; made by `load`.
 
     Attributes:
-        settings: what index.json holds: kind, metric, width, items, embedding, parameters, model.
+        settings: what index.json holds: kind, metric, width, items, embedding, parameters, model, hashes.
         faiss_index: the index itself.
         ids: `item_id` and perhaps `title` of each of its rows.
     """
@@ -52,22 +55,21 @@ class Index:
 
     @classmethod
     def load(cls, path: str | Path) -> "Index":
-        """Map an index into memory.
+        """Map an index into memory, after its files were read once to check them.
 
         Raises:
             ValueError: when the folder is none, or its files don't belong together.
         """
         path = Path(path)
-        missing = [name for name in (RECORD, INDEX_FILE, IDS_FILE) if not (path / name).is_file()]
+        missing = [name for name in (RECORD, *HASHED) if not (path / name).is_file()]
         if missing:
             raise ValueError(f"{path} is no index: {', '.join(missing)} is missing. hub/index.py builds one.")
-        with about(path, "A file in it was edited or damaged: build the index again."):
+        with about(path, "A file in it was edited or damaged, or is of another index: build the index again."):
             settings = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            if changed := changes({name: settings["hashes"][name] for name in HASHED}, path):
+                raise ValueError(" and ".join(changed))
             faiss_index = faiss.read_index(str(path / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
             ids = pa.ipc.open_file(pa.memory_map(str(path / IDS_FILE))).read_all()
-            items = settings["items"]
-        if not faiss_index.ntotal == len(ids) == items:
-            raise ValueError(f"{path}: {faiss_index.ntotal} vectors, {len(ids)} ids; build the index again.")
         return cls(settings, faiss_index, ids)
 
     def search(self, queries: Queries, k: int = 20) -> list[list[Neighbour]]:
@@ -197,6 +199,11 @@ def sample(catalogue: Catalogue, column: str, count: int, size: int) -> np.ndarr
     return np.concatenate(parts)
 
 
+def hashes_of(folder: Path) -> dict[str, str]:
+    """What index.json says of the other files."""
+    return {name: file_xxh3(folder / name) for name in HASHED}
+
+
 __all__ = [
     "IDS_FILE",
     "INDEX_FILE",
@@ -205,6 +212,7 @@ __all__ = [
     "Neighbour",
     "Queries",
     "choose_parameters",
+    "hashes_of",
     "make_index",
     "sample",
 ]

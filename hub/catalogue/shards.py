@@ -6,7 +6,6 @@ start what the job is and at the end that it is complete.
 """
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from hub.catalogue.encoder import EncodedBlock
 from training.tables.commands.files import atomic_write, write_json
 from training.tables.commands.handler import about
+from training.tables.commands.hashes import file_sha256
 from training.tables.commands.outputs import LOCK, locked
 from training.tables.rejects import Reject
 
@@ -203,11 +203,6 @@ def read_rejects(folder: Path, most: int) -> list[Reject]:
         if rows
         else []
     )
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def embeddings_array(values: np.ndarray, embedding_type: str) -> pa.FixedSizeListArray:

@@ -19,7 +19,7 @@ from huggingface_hub.constants import HF_HOME
 from hub.catalogue.catalogue import rows_of_ids
 from hub.catalogue.encoder import ItemEncoder, Place
 from hub.catalogue.index import Index
-from hub.encode import EncodeArguments, describe_job, describe_model, encode, find_model
+from hub.encode import EncodeArguments, describe_job, describe_model, encode, find_model, model_changes
 from hub.index import BuildArguments, build
 from modeling_notellm2 import choose_precision
 from training.tables.columns import item_of
@@ -187,9 +187,7 @@ def check_indexes(model: Path, places: Mapping[str, str | None]) -> None:
         if place is None:
             continue
         settings = Index.load(place).settings
-        made_with = settings["model"]["files"]
-        changed = [name for name, digest in files.items() if made_with.get(name, digest) != digest]
-        if changed:
+        if changed := model_changes(settings["model"]["files"], files):
             raise ValueError(f"{place} was made with another model than {model}: {', '.join(changed)} differs.")
         if settings["embedding"] != embedding:
             raise ValueError(f"{place} holds {settings['embedding']}s; expected {embedding}s.")

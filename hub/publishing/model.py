@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hub.card import CARD, MARKER, write_card
+from hub.card import CARD, MARKER, METRICS, write_card
 from hub.cards.model import check_id, is_hub_id
 from hub.publishing.checks import Fault, RefusedError, file_faults, folder_files
 from hub.publishing.load_check import load_faults
 from hub.publishing.sending import Publication
+from training.tables.commands.handler import FileError
+from training.tables.commands.hashes import check_weights, weights_of
 
 
 LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
 """Goes with the code files, whose license it is, unless the folder has one of its own."""
 ADAPTER_CONFIG = "adapter_config.json"
-METRICS = "metrics.json"
 PEFT_CARD = "Model Card for Model ID"
 """Headline of the empty card that peft writes beside an adapter."""
 CARD_PLOTS = ("curves.png", "recall.png", "saliency.png")
@@ -72,7 +73,7 @@ def prepare_model(folder: Path, staging: Path, details: ModelDetails) -> Publica
     if is_adapter:
         faults += name_base(staging / ADAPTER_CONFIG, details.base, details.repo)
     if not faults:
-        add_documents(folder, staging, details, is_adapter)
+        faults += add_documents(folder, staging, details, is_adapter)
     staged = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
     faults += file_faults(staged, folder)
     faults += load_faults(staging, needs_network=is_adapter) if not (is_adapter and faults) else []
@@ -98,16 +99,20 @@ def name_base(config: Path, base: str | None, repo: str) -> list[Fault]:
     return []
 
 
-def add_documents(folder: Path, staging: Path, details: ModelDetails, is_adapter: bool) -> None:
+def add_documents(folder: Path, staging: Path, details: ModelDetails, is_adapter: bool) -> list[Fault]:
     """Adds LICENSE, metrics.json and the card, with the run's plots, where the folder has none. A card that someone wrote
-    stays."""
+    stays. Metrics of other weights are a fault."""
     if not (staging / "LICENSE").exists():
         (staging / "LICENSE").symlink_to(LICENSE)
     metrics = find_metrics(folder, details.metrics)
     if metrics is not None:
         published = staging / METRICS
-        published.unlink(missing_ok=True)
         content = portable(json.loads(metrics.read_text(encoding="utf-8")))
+        try:
+            check_weights(metrics, content, weights_of(staging))
+        except FileError as error:
+            return [Fault(METRICS, str(error), "Name the result with --metrics, or move this one away.")]
+        published.unlink(missing_ok=True)
         published.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     card = staging / CARD
     text = card.read_text(encoding="utf-8") if card.exists() else MARKER
@@ -123,6 +128,7 @@ def add_documents(folder: Path, staging: Path, details: ModelDetails, is_adapter
             plots=find_plots(metrics),
             replace=PEFT_CARD in text,
         )
+    return []
 
 
 def find_plots(metrics: Path | None) -> list[Path]:

@@ -3,7 +3,8 @@
 The JSON is:
 
     {
-      "model": str, "compared_with": str | null, "settings": {option: value},
+      "generator": str, "model": str, "weights": {file: SHA-256} | null (a model of the Hub), "compared_with": str | null,
+      "settings": {option: value},
       "precision": {"name": "float32" | "bfloat16" | "float16", "reason": str},
       "counts": {"items": int, "pairs": int, "rejected_rows": int},
       "trained_share": float | null (with --train_pairs: share of the pairs that are train pairs),
@@ -61,10 +62,11 @@ from training.evaluation.retrieval import (
     rank_targets,
 )
 from training.evaluation.slices import ItemFacts, item_facts, measure_slices, query_slices
-from training.reporting.evaluation_plots import draw_plots
+from training.reporting.evaluation_plots import EVALUATION, draw_plots
 from training.reporting.evaluation_tables import as_markdown
 from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
-from training.tables.commands.files import write_json, write_text
+from training.tables.commands.files import remove_files, write_json, write_text
+from training.tables.commands.outputs import GENERATOR
 from training.tables.items import ItemTable
 from training.trainer.adapters import unwrap_adapter
 from training.trainer.batches import ItemCollator
@@ -270,8 +272,9 @@ def write_results(report: dict[str, Any], output: Path) -> None:
     """Write evaluation.json, evaluation.md and the plots, whose places are added to the report as "plots".
 
     Args:
-        report: what `evaluate_model` gave, with "model", "compared_with", "settings" and "counts".
+        report: what `evaluate_model` gave, with "model", "weights", "compared_with", "settings" and "counts".
     """
+    remove_files(output, EVALUATION)  # first: a kill now leaves none of them beside those of another model
     report["plots"] = draw_plots(report, output / "plots")
     write_text(as_markdown(report), output / "evaluation.md")
-    write_json(report, output / "evaluation.json")
+    write_json({**GENERATOR, **report}, output / "evaluation.json")

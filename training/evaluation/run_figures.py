@@ -76,13 +76,23 @@ class RunFigures:
         self.clock.lap("evaluate_after")
         return {"after": after}
 
-    def for_report(self) -> dict[str, Any]:
-        """Saliency before and after, and evaluation.json, where there is a report."""
+    def for_report(self, weights: dict[str, str] | None) -> dict[str, Any]:
+        """Saliency before and after, and evaluation.json, where there is a report.
+
+        Args:
+            weights: what `weights_of` gives for the saved model.
+        """
         if self.explained:
             self.saliency["after training"] = explain(self.trainer, self.data)
             tables = self.tables
             write_evaluation(
-                self.trainer, self.data, self.embedded, tables.train_pairs, tables.label_column, tables.encoding
+                self.trainer,
+                self.data,
+                weights,
+                self.embedded,
+                tables.train_pairs,
+                tables.label_column,
+                tables.encoding,
             )
             self.clock.lap("report")
         return {"saliency": {name: shares for name, shares in self.saliency.items() if shares}}
@@ -140,6 +150,7 @@ def explain(trainer: NoteLLM2Trainer, data: RunData) -> dict[str, Any]:
 def write_evaluation(
     trainer: NoteLLM2Trainer,
     data: RunData,
+    weights: dict[str, str] | None,
     embedded: Iterable[View],
     train_pairs: str,
     label_column: str | None,
@@ -148,7 +159,8 @@ def write_evaluation(
     """Write evaluation.json, evaluation.md and plots of the trained model into the run's folder.
 
     Args:
-        embedded: the evaluation items by the trained model.
+        weights: of the trained model, by name and hash.
+        embedded: the evaluation items by it.
         train_pairs: pair table, for slices by popularity and of unseen items.
         label_column: where `data.labels` come from.
         encoding: of `train_pairs`.
@@ -166,6 +178,6 @@ def write_evaluation(
     )
     with (output / "rejects.jsonl").open(encoding="utf-8") as lines:  # the run has listed these items' pictures by now
         counts = {"items": len(data.eval_items), "pairs": len(data.eval_pairs), "rejected_rows": sum(1 for _ in lines)}
-    about = {"model": str(output / "model"), "compared_with": None, "counts": counts}
+    about = {"model": str(output / "model"), "weights": weights, "compared_with": None, "counts": counts}
     settings = {**asdict(options), "label_column": label_column, "train_pairs": train_pairs}
     write_results({**about, "settings": settings, **figures}, output)

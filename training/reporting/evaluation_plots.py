@@ -12,6 +12,13 @@ from training.reporting.figures import write_figure
 
 
 INTERVAL = dict[str, float]
+SLICES = tuple(f"slices_{embedding}" for embedding in ("both", "image", "text", "visual"))
+EVALUATION = (
+    "evaluation.json",
+    "evaluation.md",
+    *(f"plots/{name}.png" for name in ("recall", "ranks", "comparison", *SLICES)),
+)
+"""All files of an evaluation, in its folder."""
 
 
 def draw_plots(report: dict[str, Any], folder: Path) -> dict[str, str]:

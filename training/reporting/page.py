@@ -16,6 +16,7 @@ from training.reporting.evaluation_tables import label_rows, metric_rows, short_
 from training.reporting.run_plots import draw_report_plots
 from training.reporting.summary import result_rows
 from training.tables.commands.files import write_text
+from training.tables.commands.hashes import check_weights
 from training.tables.items import ItemTable
 
 
@@ -29,24 +30,26 @@ PLOT_TITLES = {
     "recall": "Recall with intervals",
     "ranks": "Ranks of the targets",
 }
-SLICES = tuple(f"slices_{embedding}" for embedding in ("both", "image", "text", "visual"))
-PLOTS = tuple(f"plots/{name}.png" for name in (*PLOT_TITLES, "comparison", *SLICES))
-"""All that a run or an evaluation may draw, in its folder."""
 
 
-def write_report(run: Path, items: ItemTable | None) -> Path:
+def write_report(run: Path, items: ItemTable | None, weights: Mapping[str, str] | None = None) -> Path:
     """The page of a run.
 
     Args:
         run: folder with metrics.json, perhaps evaluation.json.
         items: for the pictures and names; None: ids alone.
+        weights: of the run's model, as `weights_of` gives them; None: those that metrics.json names.
 
     Raises:
         FileNotFoundError: where there is no metrics.json.
+        FileError: where metrics.json or evaluation.json is of another model.
     """
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     evaluated = run / "evaluation.json"
     evaluation = json.loads(evaluated.read_text(encoding="utf-8")) if evaluated.exists() else None
+    weights = weights or metrics.get("weights")
+    for name, result in ((run / "metrics.json", metrics), (evaluated, evaluation or {})):
+        check_weights(name, result, weights)
     plots = draw_report_plots(metrics, run / "plots")
     if evaluation:
         plots |= {name: run / place for name, place in evaluation["plots"].items() if (run / place).exists()}

@@ -19,6 +19,8 @@ CURVES = {
 }
 """Panels and what of the log they show."""
 
+RUN_PLOTS = ("plots/curves.png", "plots/saliency.png")
+
 KINDS = {"visual": "tab:orange", "text": "tab:blue", "other": "tab:gray"}
 STYLES = ("--", "-", ":", "-.")
 READ_OUTS = {"multimodal": "into the multimodal embedding", "visual": "into the visual embedding"}

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from training.tables.columns import Classes, arrow_column, cells_column, own_type, reason_of
 from training.tables.lines import BadRow, Row, csv_header, read_csv, read_json
 from training.tables.rejects import TableError
-from training.tables.sources import TableFile, TableSplit, file_sha256
+from training.tables.sources import TableFile, TableSplit, noted_sha256
 from training.tables.texts import Faults, is_stringlike
 
 
@@ -124,7 +124,7 @@ class TextPart:
 
     def sha256(self) -> str:
         """Of the file."""
-        return file_sha256(self.path)
+        return noted_sha256(self.path)
 
     @property
     def _is_csv(self) -> bool:
@@ -183,7 +183,7 @@ class ParquetPart:
 
     def sha256(self) -> str:
         """Of the file."""
-        return file_sha256(self.path)
+        return noted_sha256(self.path)
 
     def _cut(self, batch: pa.RecordBatch, types: Types) -> Iterator[Block]:
         """A batch in pieces of about `MOST_BYTES`."""
@@ -230,7 +230,7 @@ class SavedPart:
 
     def sha256(self) -> str:
         """Of the files that hold it and of how its rows are chosen from them."""
-        files = [file_sha256(Path(file["filename"])) for file in self.split.dataset.cache_files]
+        files = [noted_sha256(Path(file["filename"])) for file in self.split.dataset.cache_files]
         return hashlib.sha256("".join([*files, str(self.split.dataset._fingerprint)]).encode()).hexdigest()
 
 

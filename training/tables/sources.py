@@ -18,6 +18,7 @@ import datasets
 import huggingface_hub
 
 from training.tables.commands.files import write_json
+from training.tables.commands.hashes import file_sha256
 from training.tables.rejects import TableError
 
 
@@ -89,7 +90,7 @@ def parts_of(source: str, split: str | None = None) -> list[TableFile] | list[Ta
     return _hub_splits(source, split)
 
 
-def file_sha256(path: Path) -> str:
+def noted_sha256(path: Path) -> str:
     """SHA-256 of a file's content, noted beside the copies for a file that nothing has touched since."""
     state = path.stat()
     identity = [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
@@ -101,8 +102,7 @@ def file_sha256(path: Path) -> str:
         if noted["identity"] == identity:
             return noted["sha256"]
     begun = time.time()
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = file_sha256(path)
     if (
         max(state.st_mtime, state.st_ctime) < begun - SETTLED
     ):  # else a change right now could leave the times as they are

@@ -1,7 +1,7 @@
-"""Checkpoints that are known to be whole: marked when all is written, with a list of their files to hold them against.
+"""Checkpoints that are known to be whole: marked when all is written, with the hashes of their files.
 
 `transformers` writes a checkpoint file by file; a run that is killed meanwhile, or a disk that runs full, leaves one that
-looks ready. Only a checkpoint with its mark is gone on from, and one that was damaged since is passed over.
+looks ready. Only a checkpoint with its mark is gone on from, and one that was damaged since, by one bit, is passed over.
 """
 
 import json
@@ -17,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from training.tables.commands.files import write_json
+from training.tables.commands.hashes import changes, file_xxh3
 
 
 logger = logging.get_logger(__name__)
@@ -26,9 +27,9 @@ RECORD = "files.json"
 
 
 def mark_whole(checkpoint: Path) -> None:
-    """Record the files of a written checkpoint: from now on it is one to go on from."""
+    """Record the files of a written checkpoint by their hashes: from now on it is one to go on from."""
     files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != RECORD)
-    write_json({str(path.relative_to(checkpoint)): path.stat().st_size for path in files}, checkpoint / RECORD)
+    write_json({str(path.relative_to(checkpoint)): file_xxh3(path) for path in files}, checkpoint / RECORD)
 
 
 def output_folder(args: TrainingArguments) -> Path:
@@ -110,24 +111,23 @@ class LossSoFar(TrainerCallback, ExportableState):
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a checkpoint's files, or None. They are all read."""
     try:
-        sizes = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+        hashes = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"no readable {RECORD} ({error})"
-    for name, size in sizes.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
-    return None
+    return ", ".join(changes(hashes, checkpoint)) or None
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """A run's checkpoints, whole or not, the newest first."""
+    numbered = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run; damaged ones after it are named in a warning. None if there is none."""
-    numbered = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    for _, path in sorted(numbered, reverse=True):
+    for path in checkpoints_of(folder):
         fault = fault_of(path)
         if fault is None:
             return path

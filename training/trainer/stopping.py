@@ -13,7 +13,7 @@ import torch.distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from training.tables.commands.handler import Stopped
-from training.trainer.checkpoints import newest_checkpoint, output_folder
+from training.trainer.checkpoints import RECORD, checkpoints_of, output_folder
 
 
 @contextmanager
@@ -51,8 +51,8 @@ def stoppable(trainer: Trainer) -> Iterator[None]:
 
 def how_to_go_on(output: Path, with_checkpoints: bool) -> str:
     """Say from where the same command goes on."""
-    checkpoint = newest_checkpoint(output) if with_checkpoints else None
-    if checkpoint is not None:
+    checkpoint = next((path for path in checkpoints_of(output) if (path / RECORD).is_file()), None)
+    if with_checkpoints and checkpoint is not None:
         return f"Start it again with --resume_from_checkpoint true: it goes on from {checkpoint}."
     return (
         "There is no checkpoint: it starts from the beginning again. --save_strategy steps --save_steps N writes some."

@@ -14,6 +14,8 @@ from PIL import Image
 
 from hub.card import MARKER, write_card
 from modeling_notellm2.backbones_notellm2 import base_models
+from training.tables.commands.handler import FileError
+from training.tables.commands.hashes import weights_of
 
 
 ROOT = Path(__file__).parents[3]
@@ -187,6 +189,12 @@ def test_an_adapter_says_what_it_adapts(tmp_path):
 
 def test_halves_are_recorded_by_id_and_folders_of_this_machine_are_not(tmp_path):
     assert base_models("org/eyes", str(tmp_path)) == {"vision_encoder": "org/eyes"}
+
+
+def test_figures_of_other_weights_are_refused(folder):
+    write_card(folder, {**metrics(), "weights": weights_of(folder)})
+    with pytest.raises(FileError, match=r"metrics\.json: its figures are of other weights"):
+        write_card(folder, {**metrics(), "weights": {"model.safetensors": "of another"}})
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,13 @@ import torch
 from hub import index as index_module
 from hub.catalogue.exports import export
 from hub.catalogue.index import Neighbour, choose_parameters
-from hub.catalogue.shards import ShardError, embeddings_array, file_sha256
+from hub.catalogue.shards import ShardError, embeddings_array
 from hub.encode import EncodeArguments, encode
 from hub.index import BuildArguments, Index, build
 from tests.support.catalogue import SMALL, make_items, png, read_shards, vectors, write_items
 from training.tables.commands.files import write_json
 from training.tables.commands.handler import FileError
+from training.tables.commands.hashes import file_sha256
 
 
 CLUSTERED, WIDTH = 12_000, 16
@@ -279,6 +280,9 @@ def test_an_item_needs_the_model_of_the_index(built, tiny_model_folder, tmp_path
         stream.write(b" ")
     with pytest.raises(SystemExit, match="is not the model of this index: model.safetensors differs"):
         run(monkeypatch, capsys, *options)
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "model-00001-of-00001.safetensors")
+    with pytest.raises(SystemExit, match=r"model-00001-of-00001\.safetensors, model\.safetensors differs"):
+        run(monkeypatch, capsys, *options)
 
 
 def test_texts_of_a_catalogue_do_not_steer_the_terminal():
@@ -330,6 +334,17 @@ def test_an_edited_index_is_named(built, tmp_path, name):
     shutil.copytree(built, tmp_path / "index")
     (tmp_path / "index" / name).write_bytes(b"{}")
     with pytest.raises(FileError, match=r"index: .*build the index again"):
+        Index.load(tmp_path / "index")
+
+
+def test_files_of_two_indexes_are_never_one(encoded, built, tmp_path):
+    """As many vectors, in another order: without a check, other neighbours in silence."""
+    shutil.copytree(built, tmp_path / "index")
+    other = faiss.read_index(str(built / "index.faiss"))
+    turned = faiss.IndexFlatIP(other.d)
+    turned.add(other.reconstruct_n(0, other.ntotal)[::-1].copy())
+    faiss.write_index(turned, str(tmp_path / "index" / "index.faiss"))
+    with pytest.raises(FileError, match=r"index\.faiss has changed\..* build the index again"):
         Index.load(tmp_path / "index")
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import AutoModel, AutoProcessor
 
 from hub.publish import PublishArguments, publish
+from hub.publishing.checks import RefusedError
 from hub.publishing.model import ModelDetails, prepare_model
 from hub.publishing.sending import Destination, Publication, push
 from tests.support.hub_client import PREAMBLE, ROOT, environment, run_fresh
@@ -268,6 +269,15 @@ def test_a_runs_plots_go_into_the_card(tiny_model_folder, tmp_path):
     publication = prepare_model(run / "model", staging, ModelDetails("org/name"))
     assert {name for name in publication.files if name.endswith(".png")} == {"assets/curves.png"}
     assert "(assets/curves.png)" in (staging / "README.md").read_text()
+
+
+def test_metrics_of_another_model_are_not_published(tiny_model_folder, tmp_path):
+    run, staging = tmp_path / "run", tmp_path / "staging"
+    shutil.copytree(tiny_model_folder, run / "model")
+    (run / "metrics.json").write_text(json.dumps({"after": {}, "weights": {"model.safetensors": "of another"}}))
+    staging.mkdir()
+    with pytest.raises(RefusedError, match=r"metrics\.json: .*its figures are of other weights"):
+        prepare_model(run / "model", staging, ModelDetails("org/name"))
 
 
 def test_branches_pull_requests_private_repositories_and_stale_weights(at_hub, tmp_path):

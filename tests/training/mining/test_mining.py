@@ -242,15 +242,14 @@ def test_order_and_pieces_of_the_log_do_not_matter(tmp_path):
 
 def test_a_log_that_gives_nothing_says_why_and_leaves_the_old_pairs(tmp_path):
     output = tmp_path / "pairs.parquet"
-    output.write_text("of an earlier run")
+    mine(MiningArguments(str(write_log(tmp_path / "log.parquet", random_log(0))), str(output)))
+    earlier = output.read_bytes()
 
     def fails(message, log, **options):
         with pytest.raises(MiningError, match=message):
             mine(MiningArguments(str(log), str(output), **options))
-        assert output.read_text() == "of an earlier run"
-        assert not [
-            path for path in tmp_path.iterdir() if path.name.endswith(".partial") or path.name.startswith(".mine")
-        ]
+        assert output.read_bytes() == earlier
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
     lacking = tmp_path / "lacking.csv"
     lacking.write_text("user_id,item,when\n1,2,3\n")
@@ -258,7 +257,8 @@ def test_a_log_that_gives_nothing_says_why_and_leaves_the_old_pairs(tmp_path):
     unnamed = tmp_path / "unnamed.jsonl"
     unnamed.write_text('{"user_id": 1, "item": 2, "timestamp": 3}\n{"user_id": 1, "item": 3, "timestamp": 4}\n')
     fails(r"No row of the log is usable: item_id is missing \(2\)", unnamed)
-    log = write_log(tmp_path / "log.parquet", random_log(0))
+    assert len(output.with_suffix(".rejects.jsonl").read_text().splitlines()) == 2
+    log = tmp_path / "log.parquet"
     fails(r"no pair is left.*of at least 99 users 0", log, min_users=99)
     fails("no such file", tmp_path / "none-*.parquet")
     fails("a log is .parquet", lacking.rename(tmp_path / "lacking.xlsx"))

@@ -17,8 +17,13 @@ from transformers import AutoModel, AutoProcessor
 from tests.support.browser import open_page
 from training.evaluation.embed import embed, evaluate
 from training.evaluation.run_figures import write_evaluation
+from training.report import ReportArguments, report
 from training.reporting.page import headline, write_report
 from training.run import run
+from training.tables.commands.files import write_json
+from training.tables.commands.handler import FileError
+from training.tables.commands.hashes import weights_of
+from training.tables.commands.outputs import GENERATOR
 from training.tables.items import load_items
 from training.tables.pairs import load_pairs
 from training.trainer.arguments import parse
@@ -144,8 +149,8 @@ def test_a_report_that_fails_costs_no_model(tables, tiny_model_folder, tmp_path,
     spoiled.to_parquet(tmp_path / "tables" / "items.parquet")
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("report.html", "metrics.json"):
-        (folder / name).write_text("of an earlier run")
+    for name in ("report.html", "metrics.json", "plots/curves.png"):
+        write_json(GENERATOR, folder / name)
 
     def fail(*arguments):
         write_evaluation(*arguments)
@@ -159,6 +164,7 @@ def test_a_report_that_fails_costs_no_model(tables, tiny_model_folder, tmp_path,
     assert AutoModel.from_pretrained(folder / "model", trust_remote_code=True)
     assert not (folder / "report.html").exists()
     assert not (folder / "metrics.json").exists()
+    assert not (folder / "plots" / "curves.png").exists()
     lines = (folder / "rejects.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["ids"] == ["i90"] for line in lines) == 1
     assert passes == ["both", "both", "image", "text"]  # before, and after: once for metrics.json and the page alike
@@ -186,6 +192,32 @@ def test_it_comes_out_in_a_browser(finished, tmp_path, width):
     colours = Image.open(picture).convert("RGB").getcolors(1 << 24)
     assert len(colours) > 1000
     assert max(count for count, _ in colours) < 0.9 * width * 3000
+
+
+def test_metrics_and_evaluation_name_the_weights_and_a_page_of_others_is_refused(finished, tables, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    metrics, evaluation = (json.loads((finished / f"{name}.json").read_text()) for name in ("metrics", "evaluation"))
+    assert metrics["weights"] == evaluation["weights"] == weights_of(finished / "model")
+    arguments = ReportArguments(str(tmp_path / "run"), str(tables / "items.parquet"))
+    report(arguments)
+    write_json({**evaluation, "weights": {"model.safetensors": "of another"}}, tmp_path / "run" / "evaluation.json")
+    with pytest.raises(FileError, match=r"evaluation\.json: its figures are of other weights"):
+        report(arguments)
+    (tmp_path / "run" / "evaluation.json").unlink()
+    with (tmp_path / "run" / "model" / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"x")
+    with pytest.raises(FileError, match=r"metrics\.json: its figures are of other weights"):
+        report(arguments)
+
+
+def test_a_second_run_in_the_same_folder_replaces_the_first(finished, tables, tiny_model_folder, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    train(tiny_model_folder, tables, tmp_path / "run", max_steps=1, report=False)
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    assert list((tmp_path / "run" / "plots").iterdir()) == []
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["weights"] == weights_of(tmp_path / "run" / "model") != weights_of(finished / "model")
 
 
 def test_what_a_run_does_not_have_is_said(finished, tmp_path):

@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(options, tmp_path):
 
     done = finish(arguments)
 
-    assert "is damaged (optimizer.pt has 1000 bytes" in done.stderr
+    assert "is damaged (optimizer.pt has changed): the checkpoint before it is used." in done.stderr
     assert f"Going on from {newest_checkpoint(killed).parent}" in done.stderr
     assert equal_weights(weights(whole), weights(killed))
 
@@ -369,13 +369,21 @@ def test_checkpoints_are_whole_or_passed_over(tmp_path):
     for step in (1, 2):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"x" * 100)
+        for name in ("model.safetensors", "optimizer.pt", "deep/rng_state.pth"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"x" * 100)
         mark_whole(folder)
     (tmp_path / "checkpoint-3").mkdir()  # killed while it was written
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    (tmp_path / "checkpoint-2" / "model.safetensors").write_bytes(b"x" * 99)
-    assert checkpoint_to_resume("true", tmp_path) == tmp_path / "checkpoint-1"
-    with pytest.raises(ValueError, match="has 99 bytes of 100"):
+    for name in ("model.safetensors", "optimizer.pt", "deep/rng_state.pth"):  # one bit each
+        (tmp_path / "checkpoint-2" / name).write_bytes(b"x" * 50 + b"y" + b"x" * 49)
+        assert checkpoint_to_resume("true", tmp_path) == tmp_path / "checkpoint-1"
+        with pytest.raises(ValueError, match=f"{name} has changed"):
+            checkpoint_to_resume(str(tmp_path / "checkpoint-2"), tmp_path)
+        (tmp_path / "checkpoint-2" / name).write_bytes(b"x" * 100)
+    assert checkpoint_to_resume("true", tmp_path) == tmp_path / "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing"):
         checkpoint_to_resume(str(tmp_path / "checkpoint-2"), tmp_path)
     assert checkpoint_to_resume("true", tmp_path / "elsewhere") is None
 

@@ -1,23 +1,29 @@
 """Files and folders that are there as a whole or not at all: written beside their place, then renamed.
 
+A folder takes an older one's place in one step: the two swap names. Where the system can't (only Linux can, NFS can't), the
+older one is moved away first; after a kill in between, the next write into the same folder brings it back.
+
 What a killed process leaves behind is a hidden folder `.NAME.XXXXXXXX.partial` beside the place. It holds a lock as long as
 its process lives; the next write into the same folder removes those whose lock is free.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 
 PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}\.partial")
 LOCK, NEW, OLD = "lock", "new", "old"
+AT_WORKING_FOLDER, EXCHANGE = -100, 2
+"""Linux' AT_FDCWD and RENAME_EXCHANGE."""
 
 
 @contextlib.contextmanager
@@ -30,17 +36,51 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises:
         FileNotFoundError: when the block ends well and has written nothing.
     """
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent)
-    with _partial_folder(path) as partial:
-        place = partial / NEW / path.name
+    with atomic_writes(path) as (place,):
         yield place
-        _sync(place)
-        if place.is_dir() and path.is_dir():
-            path.rename(partial / OLD / path.name)
-        place.replace(path)
-        _sync_entry(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_writes(*paths: str | Path) -> Iterator[list[Path]]:
+    """Give places for files that belong together, which become `paths` when the block ends well.
+
+    As `atomic_write` does for one of them. Before the first new file of several appears, all older ones are gone: a kill may
+    leave some of the new ones, but never an older one beside them.
+
+    Raises:
+        FileNotFoundError: when the block ends well and has left one of them out.
+    """
+    targets = [Path(path).resolve() for path in paths]
+    folders = sorted({target.parent for target in targets})
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+    with contextlib.ExitStack() as stack:
+        partials = [stack.enter_context(_partial_folder(target)) for target in targets]
+        places = [partial / NEW / target.name for partial, target in zip(partials, targets, strict=True)]
+        yield places
+        for place in places:
+            _sync(place)
+        if len(targets) > 1:
+            for target in targets:
+                target.unlink(missing_ok=True)
+        for place, target, partial in zip(places, targets, partials, strict=True):
+            _put(place, target, partial)
+        for folder in folders:
+            _sync_entry(folder)
+
+
+@contextlib.contextmanager
+def scratch_folder(place: Path, name: str) -> Iterator[Path]:
+    """Give a folder in `place` for what is needed until the block ends; a killed process' one goes with the next write there.
+
+    Args:
+        name: is part of its name, for people.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(place)
+    with _partial_folder(place / name) as partial:
+        yield partial / NEW
 
 
 def write_text(text: str, path: str | Path) -> None:
@@ -52,6 +92,12 @@ def write_text(text: str, path: str | Path) -> None:
 def write_json(content: Any, path: str | Path) -> None:
     """Write what JSON can hold, indented and in UTF-8, whole or not at all."""
     write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove those of some files of a folder that are there."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def check_replaceable(output: Path, record: str) -> None:
@@ -84,6 +130,24 @@ def _partial_folder(path: Path) -> Iterator[Path]:
             finally:
                 _remove(partial)
             return
+
+
+def _put(place: Path, target: Path, partial: Path) -> None:
+    """Move what was written to its place; an older folder goes into `partial`."""
+    if place.is_dir() and target.is_dir():
+        if _exchange(place, target):
+            return
+        target.rename(partial / OLD / target.name)
+    place.replace(target)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders of a file system swap names in one step; False where that can't be done."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):  # no Linux
+        return False
+    return rename(AT_WORKING_FOLDER, os.fsencode(one), AT_WORKING_FOLDER, os.fsencode(other), EXCHANGE) == 0
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from training.tables.commands.files import atomic_write, check_replaceable, write_json, write_text
+from training.tables.commands.files import (
+    atomic_write,
+    atomic_writes,
+    check_replaceable,
+    scratch_folder,
+    write_json,
+    write_text,
+)
 
 
 KILLED = """
@@ -95,6 +102,91 @@ def test_a_killed_writers_leftover_is_removed_by_the_next_and_a_living_ones_is_n
     assert leftover.name.startswith(".living.txt.")
     living.communicate("", timeout=30)
     assert names(tmp_path) == ["living.txt", "other.txt"]
+
+
+def replace_folder(target: Path, content: str) -> None:
+    with atomic_write(target) as place:
+        place.mkdir()
+        (place / "content").write_text(content)
+
+
+def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path):
+    replace_folder(tmp_path / "index", "0")
+    writer = threading.Thread(target=lambda: [replace_folder(tmp_path / "index", str(n)) for n in range(1, 200)])
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        folder = os.open(tmp_path / "index", os.O_RDONLY)  # fails when it isn't there
+        seen.update(os.listdir(folder))
+        os.close(folder)
+    assert seen - {"content"} == set()
+    assert (tmp_path / "index" / "content").read_text() == "199"
+    assert names(tmp_path) == ["index"]
+
+
+def test_where_folders_cant_swap_names_one_is_moved_away_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.tables.commands.files.ctypes.CDLL", lambda name: None)
+    for content in ("old", "new"):
+        replace_folder(tmp_path / "index", content)
+    assert (tmp_path / "index" / "content").read_text() == "new"
+    assert names(tmp_path) == ["index"]
+
+
+KILLED_IN_A_GROUP = """
+import os, signal, sys
+from training.tables.commands.files import atomic_writes
+left = int(sys.argv[3])
+def counted(call):
+    def run(path, *others, **more):
+        global left
+        if "/old/" not in str(path) and str(others[0] if others else path) in sys.argv[1:3]:
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+        return call(path, *others, **more)
+    return run
+os.unlink, os.replace = counted(os.unlink), counted(os.replace)
+with atomic_writes(*sys.argv[1:3]) as places:
+    for place in places:
+        place.write_text("new")
+"""
+
+
+def test_files_that_belong_together_never_stand_beside_older_ones(tmp_path):
+    """Killed before each step that removes an older one or puts a new one in place."""
+    train, test = tmp_path / "train", tmp_path / "elsewhere" / "test"
+    test.parent.mkdir()
+    ends = []
+    for steps in range(6):
+        train.write_text("old"), test.write_text("old")
+        command = [sys.executable, "-c", KILLED_IN_A_GROUP, str(train), str(test), str(steps)]
+        ends.append(subprocess.run(command).returncode)
+        contents = {path.read_text() for path in (train, test) if path.exists()}
+        assert len(contents) <= 1, steps
+    assert ends == [-signal.SIGKILL] * 4 + [0] * 2
+    assert names(test.parent) == ["test"]
+
+
+def test_of_files_that_belong_together_none_is_replaced_when_one_is_missing(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_writes(tmp_path / "a", tmp_path / "b") as (first, _):
+        first.write_text("new")
+    assert (tmp_path / "a").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_killed_process_scratch_folder_goes_with_the_next_write_there(tmp_path):
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom training.tables.commands.files import scratch_folder\n"
+        "with scratch_folder(Path(sys.argv[1]), 'mine') as folder:\n"
+        "    (folder / 'spill').write_text('much')\n    os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.iterdir()
+    with scratch_folder(tmp_path, "mine") as folder:
+        assert folder.is_dir()
+        assert not leftover.exists()
+    assert names(tmp_path) == []
 
 
 def test_an_older_folder_that_was_moved_away_by_a_killed_writer_comes_back(tmp_path):

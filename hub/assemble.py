@@ -22,9 +22,9 @@ from hub.backbones.layers import keep_layers
 from hub.backbones.packaged import load_efficientnet_lite0, load_smollm2
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 from modeling_notellm2.backbones_notellm2 import load_language_model
-from training.tables.commands.files import atomic_write, check_replaceable, write_json
+from training.tables.commands.files import atomic_write, write_json
 from training.tables.commands.handler import DONE, command, parse
-from training.tables.commands.outputs import Output, claimed
+from training.tables.commands.outputs import Output, check_strangers, claimed
 
 
 PACKAGED_TEXT = "smollm2-135m"
@@ -144,15 +144,14 @@ def write(arguments: AssembleArguments) -> NoteLLM2Model:
     """Join, and write model, processor, code and options to `--output`, in place of an earlier result."""
     output = Path(arguments.output)
     with claimed([Output("--output", output)], (arguments.text, arguments.vision)):
-        check_replaceable(output, RECORD)
         model, processor = assemble(arguments)
         save(model, processor, arguments)
     return model
 
 
 def save(model: NoteLLM2Model, processor: NoteLLM2Processor, arguments: AssembleArguments) -> None:
-    """Write model, processor, code and options to `--output`, in place of an earlier result alone."""
-    check_replaceable(Path(arguments.output), RECORD)
+    """Write model, processor, code and options to `--output`, in place of an earlier result."""
+    check_strangers([Output("--output", Path(arguments.output))])
     with atomic_write(arguments.output) as place:
         model.save_pretrained(place)
         processor.save_pretrained(place)

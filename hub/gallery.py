@@ -10,41 +10,24 @@ true partners. Rows of ITEMS that can't be used are listed in FILE.rejects.jsonl
 import training.tables.commands.own_folder  # noqa: F401  # isort: skip
 
 import json
-import random
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import torch
-from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from hub.catalogue.encoder import ItemEncoder, Place, items_between
-from hub.pages.gallery import GalleryView, nearest, write_gallery
-from modeling_notellm2 import DTYPES, choose_precision
+from hub.catalogue.encoder import ItemEncoder
+from hub.pages.gallery import write_gallery
+from hub.pages.gallery_items import EmbeddedItems, choose_queries, embed_catalogue, read_partners
+from modeling_notellm2 import choose_precision
 from training.tables.commands.bounds import AtLeastOne, check_bounds
 from training.tables.commands.files import atomic_writes, write_text
 from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command, parse
 from training.tables.commands.model_folder import loading
+from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
 from training.tables.commands.outputs import Output, claimed
-from training.tables.items import Item, ItemTable, load_items
-from training.tables.pairs import pair_positions
-from training.tables.rejects import Reject
-
-
-ROWS_PER_BLOCK = 256
-TEXT_FIELDS = ("title", "topics", "content")
-BOTH, IMAGE, TEXT, VISUAL = "Picture and text", "Picture alone", "Text alone", "Visual embedding"
-NOTES = {
-    BOTH: ("what the model finds", ""),
-    IMAGE: ("all texts left out", "This item has no picture."),
-    TEXT: ("all pictures left out", "This item has no text."),
-    VISUAL: ("of the pictures, read out before the text", "This item has no picture."),
-}
+from training.tables.items import load_items
 
 
 @dataclass
@@ -56,11 +39,8 @@ class GalleryArguments:
         metadata={"help": "Item table: Parquet file or folder of them, .jsonl, .csv, image folder, or Hub dataset."}
     )
     output: str = field(metadata={"help": "HTML file to write; an earlier one is replaced."})
-    split: str | None = field(default=None, metadata={"help": "Split of a data set or folder; none: all."})
-    encoding: str | None = field(
-        default=None,
-        metadata={"help": "Of CSV and JSON lines tables, e.g. gbk or latin-1; none: UTF-8, or as their mark says."},
-    )
+    split: str | None = split_option()
+    encoding: str | None = encoding_option()
     queries: AtLeastOne = field(
         default=12, metadata={"help": "Items drawn to ask with; with --pairs those that have a partner."}
     )
@@ -70,106 +50,15 @@ class GalleryArguments:
     pairs: str | None = field(default=None, metadata={"help": "Pair table; true partners are marked."})
     title: str = field(default="Nearest neighbours", metadata={"help": "Of the page."})
     batch_size: AtLeastOne = field(default=32, metadata={"help": "Items in a batch."})
-    device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where the model runs."}
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Type of the weights; auto: bfloat16 where the machine has it.", "choices": list(DTYPES)},
-    )
+    device: str = device_option()
+    dtype: str = dtype_option()
     seed: int = field(default=0, metadata={"help": "Of the draw of queries."})
 
     def __post_init__(self) -> None:
         check_bounds(self)
 
 
-@dataclass(frozen=True)
-class Catalogue:
-    """The usable items of a table and their embeddings.
-
-    Attributes:
-        item_ids: n ids, in order of the table.
-        positions: of each among the table's items.
-        views: ways of embedding them.
-        rejects: rows left out.
-    """
-
-    item_ids: list[str]
-    positions: list[int]
-    views: list[GalleryView]
-    rejects: list[Reject]
-
-
-def embed_catalogue(items: ItemTable, encoder: ItemEncoder) -> Catalogue:
-    """Every item whole, without its texts, and without its pictures.
-
-    Raises:
-        ValueError: when no item can be used.
-    """
-    ids: list[str] = []
-    rejects: list[Reject] = []
-    blocks: dict[str, list[tuple[list[str], np.ndarray]]] = defaultdict(list)
-    rows = len(items.table)
-    with tqdm(total=rows, desc="Embedding", unit="row") as bar:
-        for start in range(0, rows, ROWS_PER_BLOCK):
-            block = list(items_between(items, start, min(start + ROWS_PER_BLOCK, rows)))
-            whole = encoder.embed(encoder.prepare(0, block))
-            ids += whole.item_ids
-            rejects += whole.rejects
-            blocks[BOTH].append((whole.item_ids, whole.embeddings))
-            if whole.visual_embeddings is not None:
-                seen = [item_id for item_id, has in zip(whole.item_ids, whole.has_image, strict=True) if has]
-                blocks[VISUAL].append((seen, whole.visual_embeddings[whole.has_image]))
-            usable = set(whole.item_ids)
-            for name, left_out in ((IMAGE, TEXT_FIELDS), (TEXT, ("image",))):
-                # What has nothing left is rejected here, and then is no item of this view.
-                part = encoder.embed(encoder.prepare(0, _without(block, left_out, usable)))
-                blocks[name].append((part.item_ids, part.embeddings))
-            bar.update(min(ROWS_PER_BLOCK, rows - start))
-    if not ids:
-        raise ValueError(f"{items.table.source}: no row can be used; the first: {rejects[0].reason}.")
-    views = [_view(name, ids, blocks[name]) for name in (BOTH, IMAGE, TEXT, VISUAL) if name in blocks]
-    positions = items.item_ids.positions(pa.array(ids, pa.string())).tolist()
-    return Catalogue(ids, positions, [view for view in views if view.usable.any()], rejects)
-
-
-def choose_queries(
-    catalogue: Catalogue, arguments: GalleryArguments, partners: Mapping[int, set[int]] | None
-) -> list[int]:
-    """Positions of the items to ask with.
-
-    Raises:
-        ValueError: for an id that is not among the usable items, naming the reason if its row was left out.
-    """
-    if arguments.query_ids:
-        position_of = {item_id: position for position, item_id in enumerate(catalogue.item_ids)}
-        reasons = {"".join(reject.ids): reject.reason for reject in catalogue.rejects}
-        for item_id in arguments.query_ids:
-            if item_id not in position_of:
-                raise ValueError(f"No usable item {item_id!r}: {reasons.get(item_id, 'the table has no such id')}.")
-        return [position_of[item_id] for item_id in arguments.query_ids]
-    pool = sorted(partners) if partners else range(len(catalogue.item_ids))
-    return random.Random(arguments.seed).sample(pool, min(arguments.queries, len(pool)))
-
-
-def read_partners(source: str, items: ItemTable, encoding: str | None = None) -> dict[int, set[int]]:
-    """True partners of each item by position, both ways; pairs of other items are passed over.
-
-    Raises:
-        TableError: when the table can't be read or lacks query_id or target_id.
-        ValueError: when no pair is between these items.
-    """
-    pairs = pair_positions(source, items, encoding)
-    partners: dict[int, set[int]] = defaultdict(set)
-    for query, target in pairs[(pairs >= 0).all(1) & (pairs[:, 0] != pairs[:, 1])].tolist():
-        partners[query].add(target)
-        partners[target].add(query)
-    if not partners:
-        raise ValueError(f"{source}: no pair is between two usable items. Does it belong to the item table?")
-    return dict(partners)
-
-
-def gallery(arguments: GalleryArguments) -> Catalogue:
+def gallery(arguments: GalleryArguments) -> EmbeddedItems:
     """Embeds, searches and writes the page and the list of rows left out.
 
     Raises:
@@ -185,7 +74,7 @@ def gallery(arguments: GalleryArguments) -> Catalogue:
         return make_gallery(arguments, page, rejects)
 
 
-def make_gallery(arguments: GalleryArguments, page: Path, rejects: Path) -> Catalogue:
+def make_gallery(arguments: GalleryArguments, page: Path, rejects: Path) -> EmbeddedItems:
     """What `gallery` does, at the places where its files are written."""
     # The encoder opens the pictures.
     items, left_out = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
@@ -203,7 +92,7 @@ def make_gallery(arguments: GalleryArguments, page: Path, rejects: Path) -> Cata
     items = items.select(catalogue.positions)
     labels = items.column(arguments.label_column) if arguments.label_column else None
     partners = read_partners(arguments.pairs, items, arguments.encoding) if arguments.pairs else None
-    queries = choose_queries(catalogue, arguments, partners)
+    queries = choose_queries(catalogue, arguments.query_ids, arguments.queries, arguments.seed, partners)
     write_gallery(
         page,
         catalogue.item_ids,
@@ -242,27 +131,6 @@ def main(options: Sequence[str] | None = None) -> int | None:
         return DONE_WITH_REJECTS
     return DONE
 
-
-def _without(block: list[tuple[Place, Item]], fields: Iterable[str], usable: set[str]) -> Iterator[tuple[Place, Item]]:
-    """The usable items of a block, without some fields."""
-    for place, item in block:
-        if place.item_id in usable:
-            yield place, {name: value for name, value in item.items() if name not in fields}
-
-
-def _view(name: str, ids: list[str], blocks: list[tuple[list[str], np.ndarray]]) -> GalleryView:
-    position_of = {item_id: position for position, item_id in enumerate(ids)}
-    embeddings = np.concatenate([of_block for _, of_block in blocks])
-    positions = [position_of[item_id] for of_block, _ in blocks for item_id in of_block]
-    everywhere = np.zeros((len(ids), embeddings.shape[1]), dtype=np.float32)
-    everywhere[positions] = embeddings
-    usable = np.zeros(len(ids), dtype=bool)
-    usable[positions] = True
-    note, absent = NOTES[name]
-    return GalleryView(name, note, absent, everywhere, usable)
-
-
-__all__ = ["Catalogue", "GalleryArguments", "GalleryView", "embed_catalogue", "gallery", "nearest", "write_gallery"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,6 +26,7 @@ from hub.publishing.model import ModelDetails, prepare_model
 from hub.publishing.sending import Destination, Publication, listing, push
 from hub.publishing.space import SpaceDetails, prepare_space
 from training.tables.commands.handler import DONE, FAILED, command, parse, plain_console
+from training.tables.commands.options import encoding_option, split_option
 from training.tables.commands.outputs import Output, claimed
 
 
@@ -47,13 +48,8 @@ class PublishArguments:
     items: str | None = field(default=None, metadata={"help": "Item table, with --dataset and --space."})
     pairs: str | None = field(default=None, metadata={"help": "Pair table to train on, with --dataset."})
     test_pairs: str | None = field(default=None, metadata={"help": "Pair table to measure on, with --dataset."})
-    split: str | None = field(
-        default=None, metadata={"help": "Split of the items' data set or folder; none: all, one after another."}
-    )
-    encoding: str | None = field(
-        default=None,
-        metadata={"help": "Of CSV and JSON lines tables, e.g. gbk or latin-1; none: UTF-8, or as their mark says."},
-    )
+    split: str | None = split_option()
+    encoding: str | None = encoding_option()
     made_by: str | None = field(
         default=None, metadata={"help": "How the data were made, a few sentences for the data set's card."}
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from modeling_notellm2 import DTYPES, choose_precision
+from modeling_notellm2 import choose_precision
 from training.evaluation.evidence import MeasureOptions, evaluate_model, write_results
 from training.evaluation.slices import count_in_pairs
 from training.reporting.evaluation_plots import EVALUATION
@@ -24,6 +24,7 @@ from training.tables.commands.bounds import AtLeastOne, NotNegative, check_bound
 from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command, parse
 from training.tables.commands.hashes import weights_of
 from training.tables.commands.model_folder import loading
+from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
 from training.tables.commands.outputs import Output, claimed
 from training.tables.items import load_items
 from training.tables.pairs import load_pairs, pair_positions, trained_share
@@ -42,14 +43,8 @@ class EvaluateArguments:
     pairs: str = field(metadata={"help": "Pair table to measure on."})
     output: str = field(metadata={"help": "Folder for evaluation.json, evaluation.md, plots and rejects.jsonl."})
     compare: str | None = field(default=None, metadata={"help": "Another model, measured on the same queries."})
-    split: str | None = field(
-        default=None,
-        metadata={"help": "Split of the items' data set or folder of files; none: all, one after another."},
-    )
-    encoding: str | None = field(
-        default=None,
-        metadata={"help": "Of CSV and JSON lines tables, e.g. gbk or latin-1; none: UTF-8, or as their mark says."},
-    )
+    split: str | None = split_option()
+    encoding: str | None = encoding_option()
     eval_split: str | None = field(
         default=None, metadata={"help": "Measure on items whose column `split` says this; none: on all."}
     )
@@ -61,11 +56,8 @@ class EvaluateArguments:
     )
     batch_size: AtLeastOne = field(default=32, metadata={"help": "Items embedded at once."})
     num_workers: NotNegative = field(default=0, metadata={"help": "Processes that open images."})
-    device: str | None = field(default=None, metadata={"help": "Where the model runs; none: a GPU if there is one."})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Type of the weights; auto: bfloat16 where the machine has it.", "choices": list(DTYPES)},
-    )
+    device: str = device_option()
+    dtype: str = dtype_option()
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -97,15 +89,14 @@ def evaluate(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str,
     labels = items.column(arguments.label_column) if arguments.label_column else None
     write_rejects(rejects, output / "rejects.jsonl")
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose_precision(arguments.dtype, device)
+    precision = choose_precision(arguments.dtype, arguments.device)
     print(f"Precision: {precision}")
     figures = evaluate_model(
-        *_load(arguments.model, device, precision.dtype),
+        *_load(arguments.model, arguments.device, precision.dtype),
         items,
         table.pairs,
         options,
-        other=_load(arguments.compare, device, precision.dtype) if arguments.compare else None,
+        other=_load(arguments.compare, arguments.device, precision.dtype) if arguments.compare else None,
         labels=labels,
         popularity=popularity,
         batch_size=arguments.batch_size,

@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 from transformers import AutoModel, AutoProcessor
 
-from modeling_notellm2 import DTYPES, choose_precision
+from modeling_notellm2 import choose_precision
+from training.batches.collators import ItemCollator
+from training.batches.false_negatives import KnownPositives, image_hashes, text_hashes
 from training.evaluation.embed import embed
 from training.mining.hard_negatives import Exclusions, mine_negatives, write_pairs
 from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands.handler import DONE, OptionError, command, parse
 from training.tables.commands.model_folder import loading
+from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
 from training.tables.commands.outputs import Output, claimed
 from training.tables.items import load_items
 from training.tables.pairs import match_pairs
-from training.trainer.batches import ItemCollator
-from training.trainer.false_negatives import KnownPositives, image_hashes, text_hashes
 
 
 @dataclass
@@ -41,14 +41,8 @@ class HardNegativesArguments:
     items: str = field(metadata={"help": "Item table."})
     pairs: str = field(metadata={"help": "Pair table to train on."})
     output: str = field(metadata={"help": "Parquet file for the pairs with their negatives."})
-    split: str | None = field(
-        default=None,
-        metadata={"help": "Split of the items' data set or folder of files; none: all, one after another."},
-    )
-    encoding: str | None = field(
-        default=None,
-        metadata={"help": "Of CSV and JSON lines tables, e.g. gbk or latin-1; none: UTF-8, or as their mark says."},
-    )
+    split: str | None = split_option()
+    encoding: str | None = encoding_option()
     negatives: AtLeastOne = field(default=4, metadata={"help": "Negatives of each pair."})
     ceiling: Annotated[float, Bounds(-1, 1)] = field(
         default=0.95, metadata={"help": "Highest cosine similarity to the query, as a share of the target's."}
@@ -56,11 +50,8 @@ class HardNegativesArguments:
     neighbours: AtLeastOne = field(default=100, metadata={"help": "Nearest items of a query that are considered."})
     batch_size: AtLeastOne = field(default=64, metadata={"help": "Items embedded at once."})
     num_workers: NotNegative = field(default=0, metadata={"help": "Processes that open images to hash them."})
-    device: str | None = field(default=None, metadata={"help": "Where the model runs; none: a GPU if there is one."})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Type of the weights; auto: bfloat16 where the machine has it.", "choices": list(DTYPES)},
-    )
+    device: str = device_option()
+    dtype: str = dtype_option()
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -77,13 +68,14 @@ def run(arguments: HardNegativesArguments) -> None:
 
 def mine(arguments: HardNegativesArguments) -> None:
     """What `run` does, with the output's place held."""
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     items, _ = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
     matched = match_pairs(arguments.pairs, items, encoding=arguments.encoding)
-    precision = choose_precision(arguments.dtype, device)
+    precision = choose_precision(arguments.dtype, arguments.device)
     print(f"Precision: {precision}")
     with loading(arguments.model):
-        model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True, dtype=precision.dtype).to(device)
+        model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True, dtype=precision.dtype).to(
+            arguments.device
+        )
         processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     used = np.unique(matched.pairs)
     items, pairs = items.select(used), np.searchsorted(used, matched.pairs).astype(np.int32)

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from hub.catalogue.shards import MANIFEST, ShardError, read_manifest
-from training.tables.commands.files import atomic_write, check_replaceable
+from training.tables.commands.files import atomic_write
 from training.tables.commands.hashes import file_sha256
+from training.tables.commands.outputs import Output, check_strangers
 from training.tables.items import ItemTable
 
 
@@ -144,16 +145,13 @@ def rows_of_ids(column: pa.ChunkedArray, item_ids: list[str]) -> list[int | None
 
 
 @contextlib.contextmanager
-def new_folder(output: Path, record: str) -> Iterator[Path]:
+def new_folder(output: Path) -> Iterator[Path]:
     """A folder to fill, which then takes the place of `output`.
 
-    Args:
-        record: a file that every result of this kind has. Only a folder with it is replaced.
-
     Raises:
-        ValueError: when `output` is there and is something else.
+        FileError: when `output` holds what this program didn't make.
     """
-    check_replaceable(output, record)
+    check_strangers([Output("--output", output)])
     with atomic_write(output) as place:
         place.mkdir()
         yield place

@@ -41,7 +41,7 @@ def export(
     Raises:
         ValueError: for embeddings or an item table that can't be relied on, or an `output` that is something else.
     """
-    with claimed([Output("--output", Path(output))], (embeddings, items)), new_folder(Path(output), RECORD) as folder:
+    with claimed([Output("--output", Path(output))], (embeddings, items)), new_folder(Path(output)) as folder:
         catalogue = Catalogue.open(embeddings)
         table = load_items(items, split, check_images=False, encoding=encoding)[0] if items else None
         for number, batch in enumerate(catalogue.batches(items=table)):

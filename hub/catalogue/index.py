@@ -1,10 +1,9 @@
-"""An index on the disk: FAISS's part of it with sizes that fit the data, the ids of its rows, and how it is searched.
+"""An index on the disk: FAISS's part of it, the ids of its rows, and how it is searched.
 
 Vectors and ids are mapped into memory, not read.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from hub.catalogue.catalogue import Catalogue, rows_of_ids
+from hub.catalogue.catalogue import rows_of_ids
 from training.tables.commands.handler import about
 from training.tables.commands.hashes import changes, file_xxh3
 
@@ -22,10 +21,6 @@ from training.tables.commands.hashes import changes, file_xxh3
 INDEX_FILE, IDS_FILE, RECORD = "index.faiss", "ids.arrow", "index.json"
 HASHED = (INDEX_FILE, IDS_FILE)
 """Rows of one are rows of the other, so both are held against their hashes."""
-PQ_BITS = 8
-POINTS_PER_CENTROID = 39
-"""k-means of FAISS wants at least this many training vectors for each centroid."""
-
 
 Queries = np.ndarray | Sequence[np.ndarray] | Sequence[Sequence[float]] | Sequence[str]
 
@@ -139,80 +134,6 @@ def _vectors(queries: Any) -> np.ndarray:
         raise ValueError(f"Queries are vectors of one width, or ids, which are texts ({error}).") from error
 
 
-def choose_parameters(kind: str, count: int, width: int) -> dict[str, int]:
-    """Sizes that fit the data, by FAISS' guidelines.
-
-    hnsw: 32 links of each item (64 on the lowest level), 200 candidates while building, 128 while searching. ivf_pq:
-    nlist = 4 sqrt(count) clusters, of which an eighth (at least 16) is searched, codes of one byte for each 2 dimensions
-    or the next more that divide the width; trained on 64 items for each cluster.
-
-    Raises:
-        ValueError: for too few items or a width that can't be divided.
-    """
-    if kind == "flat":
-        return {}
-    if kind == "hnsw":
-        return {"links": 32, "candidates_building": 200, "candidates_searching": 128}
-    least = POINTS_PER_CENTROID * 2**PQ_BITS
-    if count < least:
-        raise ValueError(f"ivf_pq is trained on at least {least:,} items and there are {count:,}; take flat or hnsw.")
-    codes = max(number for number in range(1, width // 2 + 1) if width % number == 0)
-    if codes == 1:
-        raise ValueError(
-            f"ivf_pq cuts vectors into equal parts and {width} dimensions can't be cut; take flat or hnsw."
-        )
-    nlist = min(round(4 * math.sqrt(count)), count // POINTS_PER_CENTROID)
-    return {
-        "nlist": nlist,
-        "nprobe": min(nlist, max(16, nlist // 8)),
-        "code_bytes": codes,
-        "training_items": min(count, max(64 * nlist, 64 * 2**PQ_BITS)),
-    }
-
-
-def make_index(kind: str, width: int, parameters: dict[str, int]) -> Any:
-    """An empty FAISS index for inner products, with its defaults for searching set."""
-    if kind == "flat":
-        return faiss.IndexFlatIP(width)
-    if kind == "hnsw":
-        graph = faiss.IndexHNSWFlat(width, parameters["links"], faiss.METRIC_INNER_PRODUCT)
-        graph.hnsw.efConstruction = parameters["candidates_building"]
-        graph.hnsw.efSearch = parameters["candidates_searching"]
-        return graph
-    clusters = faiss.IndexFlatIP(width)
-    index = faiss.IndexIVFPQ(
-        clusters, width, parameters["nlist"], parameters["code_bytes"], PQ_BITS, faiss.METRIC_INNER_PRODUCT
-    )
-    index.nprobe = parameters["nprobe"]
-    return index
-
-
-def sample(catalogue: Catalogue, column: str, count: int, size: int) -> np.ndarray:
-    """`size` vectors drawn at random from the whole catalogue, always the same: `(size, d)` float32."""
-    chosen = np.sort(np.random.default_rng(0).choice(count, size, replace=False))
-    parts, first = [], 0
-    for batch in catalogue.batches(column):
-        behind = first + len(batch.item_ids)
-        here = chosen[slice(*np.searchsorted(chosen, (first, behind)))]
-        parts.append(batch.vectors[here - first])
-        first = behind
-    return np.concatenate(parts)
-
-
 def hashes_of(folder: Path) -> dict[str, str]:
     """What index.json says of the other files."""
     return {name: file_xxh3(folder / name) for name in HASHED}
-
-
-__all__ = [
-    "IDS_FILE",
-    "INDEX_FILE",
-    "RECORD",
-    "Index",
-    "Neighbour",
-    "Queries",
-    "choose_parameters",
-    "hashes_of",
-    "make_index",
-    "sample",
-]

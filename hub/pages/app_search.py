@@ -18,9 +18,9 @@ from huggingface_hub.constants import HF_HOME
 
 from hub.catalogue.catalogue import rows_of_ids
 from hub.catalogue.encoder import ItemEncoder, Place
+from hub.catalogue.encoding import EncodeArguments, describe_job, describe_model, encode, find_model, model_changes
 from hub.catalogue.index import Index
-from hub.encode import EncodeArguments, describe_job, describe_model, encode, find_model, model_changes
-from hub.index import BuildArguments, build
+from hub.catalogue.index_building import BuildArguments, build
 from modeling_notellm2 import choose_precision
 from training.tables.columns import item_of
 from training.tables.items import ItemTable, load_items

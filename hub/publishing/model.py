@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hub.card import CARD, MARKER, METRICS, write_card
 from hub.cards.model import check_id, is_hub_id
+from hub.cards.writing import CARD, MARKER, METRICS, write_card
 from hub.publishing.checks import Fault, RefusedError, file_faults, folder_files
 from hub.publishing.load_check import load_faults
 from hub.publishing.sending import Publication

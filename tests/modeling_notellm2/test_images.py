@@ -13,8 +13,8 @@ from modeling_notellm2 import ItemError
 from modeling_notellm2 import images_notellm2 as images
 from modeling_notellm2.images_notellm2 import load_image
 from tests.support.models import make_image_processor, make_model
+from training.batches.collators import ItemCollator
 from training.tables.images import faults_of_pictures, read_encoded
-from training.trainer.batches import ItemCollator
 
 
 WHITE, GREY, BLACK = (255, 255, 255), (128, 128, 128), (0, 0, 0)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from hub.convert_official import convert_name
+from hub.backbones.research import convert_name
 from modeling_notellm2 import NoteLLM2Processor
 from modeling_notellm2.prompts_notellm2 import WORDINGS, FieldLimits, build_pieces, item_text, join_pieces
 

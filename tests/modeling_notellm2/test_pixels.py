@@ -17,7 +17,7 @@ from modeling_notellm2.pixels_notellm2 import join_pictures, keeps_sizes, one_pi
 from tests.support.catalogue import arguments, read_shards, vectors, write_items
 from tests.support.models import QFORMER, make_image_processor, make_tokenizer
 from tests.support.vision_families import tiny_config, tiny_encoder
-from training.trainer.batches import ItemCollator, cache_vision_features
+from training.batches.collators import ItemCollator, cache_vision_features
 from training.trainer.grad_cache import split_inputs
 
 

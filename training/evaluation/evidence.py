@@ -42,6 +42,8 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
+from training.batches.collators import ItemCollator
+from training.batches.vision_cache import VisionCache
 from training.evaluation.embed import NEIGHBOURS, Pairs, View, views
 from training.evaluation.metrics import (
     Bootstrap,
@@ -69,8 +71,6 @@ from training.tables.commands.files import remove_files, write_json, write_text
 from training.tables.commands.outputs import GENERATOR
 from training.tables.items import ItemTable
 from training.trainer.adapters import unwrap_adapter
-from training.trainer.batches import ItemCollator
-from training.trainer.vision_cache import VisionCache
 
 
 MOST_K = 1_000_000

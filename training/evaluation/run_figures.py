@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
+from training.batches.collators import drop_repeated_lines
+from training.batches.data import RunData
+from training.batches.vision_cache import VisionCache
 from training.evaluation.embed import MODALITIES, View, measure, measure_views, random_expectation, views
 from training.evaluation.evidence import MeasureOptions, evaluate_model, write_results
 from training.evaluation.saliency import measure_saliency
 from training.evaluation.slices import count_in_pairs
 from training.trainer.arguments import DataArguments
-from training.trainer.data import RunData
 from training.trainer.trainer import NoteLLM2Trainer
-from training.trainer.vision_cache import VisionCache
 
 
 SALIENCY_PAIRS = 32
@@ -181,3 +182,20 @@ def write_evaluation(
     about = {"model": str(output / "model"), "weights": weights, "compared_with": None, "counts": counts}
     settings = {**asdict(options), "label_column": label_column, "train_pairs": train_pairs}
     write_results({**about, "settings": settings, **figures}, output)
+
+
+def counts(trainer: NoteLLM2Trainer, data: RunData) -> dict[str, int | None]:
+    """How much of everything there was; the first process alone counts the rejects."""
+    rejects = Path(trainer.args.output_dir) / "rejects.jsonl"
+    rejected = drop_repeated_lines(rejects) if trainer.is_world_process_zero() else None
+    parameters = list(trainer.model.parameters())
+    return {
+        "items": len(data.items),
+        "eval_items": len(data.eval_items),
+        "train_pairs": len(data.train),
+        "eval_pairs": len(data.eval_pairs),
+        "rejected_rows": rejected,
+        "steps": trainer.state.global_step,
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "all_parameters": sum(p.numel() for p in parameters),
+    }

@@ -60,7 +60,7 @@ def measure_saliency(
     Args:
         model: NoteLLM-2, or one with LoRA around it.
         processor: the model's, with a fast tokenizer.
-        collate: items to the model's inputs, one row each (`training.trainer.batches.ItemCollator`).
+        collate: items to the model's inputs, one row each (`training.batches.collators.ItemCollator`).
         pairs: of related items; the loss of a batch takes the other pairs as negatives.
 
     Raises:

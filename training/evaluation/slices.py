@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from modeling_notellm2.prompts_notellm2 import FieldLimits
+from training.batches.false_negatives import TEXT_FIELDS
+from training.batches.sampling import item_lengths
 from training.evaluation.metrics import Bootstrap, intervals, single_target_metrics
 from training.evaluation.retrieval import has_label
 from training.tables.items import ItemTable
 from training.tables.pairs import pair_positions
-from training.trainer.false_negatives import TEXT_FIELDS
-from training.trainer.sampling import item_lengths
 
 
 QUANTILES = (0.25, 0.75)

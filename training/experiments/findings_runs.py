@@ -23,16 +23,16 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModel, AutoProcessor, set_seed
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
+from training.batches.collators import cache_vision_features
+from training.batches.data import RunData, load_data
+from training.batches.sampling import DistinctItemsSampler
+from training.batches.vision_cache import VisionCache
 from training.evaluation.embed import evaluate, measure
 from training.evaluation.run_figures import measure_baselines
-from training.run import make_trainer
 from training.tables.items import ItemTable
 from training.trainer.adapters import unwrap_adapter, with_lora
 from training.trainer.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
-from training.trainer.batches import cache_vision_features
-from training.trainer.data import RunData, load_data
-from training.trainer.sampling import DistinctItemsSampler
-from training.trainer.vision_cache import VisionCache
+from training.trainer.preparation import make_trainer
 
 
 TEXTS = ("title", "topics", "content")

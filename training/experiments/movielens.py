@@ -22,8 +22,9 @@ from rich.table import Table
 
 from training.experiments.log_baselines import log_embeddings, measure_embeddings
 from training.experiments.tables import write_rows
-from training.mine import Mined, mine, show
+from training.mine import show
 from training.mining.cooccurrence import MiningArguments
+from training.mining.mining import Mined, mine
 from training.tables.commands.files import write_json
 from training.tables.commands.handler import DONE, command, parse, plain_console
 from training.tables.commands.outputs import GENERATOR, Output, claimed

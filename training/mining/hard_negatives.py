@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from training.batches.false_negatives import KnownPositives
 from training.tables.commands.files import atomic_write
 from training.tables.commands.outputs import marked
 from training.tables.items import ItemTable
 from training.tables.pairs import MatchedPairs
-from training.trainer.false_negatives import KnownPositives
 
 
 BLOCK = 4096

@@ -99,10 +99,7 @@ class TextPart:
     def types(self) -> Types:
         """The header's names; in JSON lines the keys of all objects, for which they are read once."""
         if self._is_csv:
-            names = csv_header(self.path, self.encoding)
-            if len(set(names)) < len(names):
-                raise TableError(f"{self.path}: two columns have one name in {', '.join(names)}.")
-            return dict.fromkeys(names)
+            return dict.fromkeys(_different(csv_header(self.path, self.encoding), self.path))
         keys: Types = {}
         for row in read_json(self.path, self.encoding):
             if isinstance(row, dict):
@@ -160,6 +157,7 @@ class ParquetPart:
 
     def types(self) -> Types:
         """From the file's schema."""
+        _different(self._file.schema_arrow.names, self.path)
         return _own_types(self._file.schema_arrow, self.classes)
 
     def blocks(self, types: Types) -> Iterator[Block]:
@@ -248,10 +246,19 @@ def classes_of(schema: pa.Schema) -> Classes:
     return classes
 
 
+def _different(names: list[str], path: Path) -> list[str]:
+    """The names of a file's columns.
+
+    Raises:
+        TableError: when two are alike.
+    """
+    if len(set(names)) < len(names):
+        raise TableError(f"{path}: two columns have one name in {', '.join(names)}.")
+    return names
+
+
 def _own_types(schema: pa.Schema, classes: Classes) -> Types:
-    return {
-        name: None if name in classes else own_type(schema.field(name).type) for name in dict.fromkeys(schema.names)
-    }
+    return {name: None if name in classes else own_type(schema.field(name).type) for name in schema.names}
 
 
 def _arrow_block(columns: dict[str, pa.Array], rows: int, types: Types, classes: Classes) -> Block:

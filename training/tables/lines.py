@@ -178,6 +178,8 @@ def _header(path: Path, lines: Iterator[str], encoding: str | None) -> list[str]
         return []
     if (fault := _undecoded(first, encoding)) is not None:
         raise TableError(f"{path}: its header is {fault.reason.removeprefix('unreadable row: ')}.")
+    if "\0" in first:
+        raise TableError(f"{path}: its header holds NUL bytes; if it is UTF-16, name --encoding utf-16-le (or -be).")
     fields = _parse([first])
     if not isinstance(fields, list):
         raise TableError(f"{path}: its first line is no header of a CSV ({first.strip()[:80]!r}).")

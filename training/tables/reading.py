@@ -217,6 +217,8 @@ def open_table(source: str, split: str | None = None, encoding: str | None = Non
     table = Table(source, split, encoding, copy, [part.name for part in parts], [part.folder for part in parts], files)
     if not len(table):
         raise TableError(f"{source}: no usable row: it is empty.")
+    if not table.column_names and (first := table.unreadable(())[1].first()):  # JSON lines without a single object
+        raise TableError(f"{source}: none of {len(table)} rows is usable; the first: {first.reason}.")
     return table
 
 

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from modeling_notellm2 import DTYPES, Precision, choose_precision
 from training.tables.commands.handler import OptionParser
+from training.tables.commands.options import encoding_option, split_option
 
 
 FIXED = {
@@ -63,14 +64,8 @@ class DataArguments:
     items: str = field(metadata={"help": "Item table: item_id and title, topics, content, image."})
     train_pairs: str = field(metadata={"help": "Pair table to train on: query_id, target_id."})
     eval_pairs: str | None = field(default=None, metadata={"help": "Pair table for recall; none: no evaluation."})
-    split: str | None = field(
-        default=None,
-        metadata={"help": "Split of the items' data set or folder of files; none: all, one after another."},
-    )
-    encoding: str | None = field(
-        default=None,
-        metadata={"help": "Of CSV and JSON lines tables, e.g. gbk or latin-1; none: UTF-8, or as their mark says."},
-    )
+    split: str | None = split_option()
+    encoding: str | None = encoding_option()
     eval_split: str | None = field(
         default=None, metadata={"help": "Evaluate on items whose column `split` says this; none: on all."}
     )

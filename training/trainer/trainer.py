@@ -16,15 +16,15 @@ from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
+from training.batches.collators import PairCollator, PairDataset
+from training.batches.sampling import DistinctItemsSampler
 from training.trainer.adapters import save_adapter, save_gathered, unwrap_adapter
 from training.trainer.arguments import NoteLLM2TrainingArguments
-from training.trainer.batches import PairCollator, PairDataset
 from training.trainer.checkpoints import LossSoFar, WholeCheckpoints
 from training.trainer.distributed import gathered_once, gathered_state, layer_classes, shard_on_cpu, world_size
 from training.trainer.grad_cache import GradCache
 from training.trainer.losses import Entries, PairLoss, PairLossOutput
 from training.trainer.monitor import TrainingMonitor
-from training.trainer.sampling import DistinctItemsSampler
 
 
 class NoteLLM2Trainer(Trainer):
@@ -33,7 +33,7 @@ class NoteLLM2Trainer(Trainer):
     Args:
         train_dataset: pairs with their items; the sampler orders them.
         false_negatives: finds the entries of a joined batch that are no negatives
-            (`training.trainer.false_negatives.FalseNegatives`).
+            (`training.batches.false_negatives.FalseNegatives`).
         lengths: (items,) length of each item, for `train_sampling_strategy: group_by_length`.
         measure: embeds and measures the evaluation items with the model it is given; a flat dict of metrics.
         arguments: those of `Trainer`; `data_collator` is a `PairCollator`. With `model_init` in place of `model`,

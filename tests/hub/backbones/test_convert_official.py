@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from hub.convert_official import convert, read_weights
+from hub.backbones.research import convert, read_weights
 
 
 ROOT = Path(__file__).parents[3]

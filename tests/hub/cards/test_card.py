@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from PIL import Image
 
-from hub.card import MARKER, write_card
+from hub.cards.writing import MARKER, write_card
 from modeling_notellm2.backbones_notellm2 import base_models
 from training.tables.commands.handler import FileError
 from training.tables.commands.hashes import weights_of

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
-from hub import encode as encode_module
+from hub.catalogue import encoding as encode_module
 from hub.catalogue.encoder import ItemEncoder, items_between
 from hub.catalogue.shards import MANIFEST, REJECTS, ShardError
-from hub.encode import encode
+from hub.encode import encode, main
 from modeling_notellm2 import Precision
 from tests.support.catalogue import (
     SMALL,
@@ -172,7 +172,7 @@ def test_exit_codes_and_summary(messy, table, tiny_model_folder, tmp_path, monke
         paths = ["--model", str(tiny_model_folder), "--items", str(items), "--output", str(tmp_path / output)]
         monkeypatch.setattr(sys, "argv", ["encode.py", *paths, *options, *more])
         try:
-            return encode_module.main(), *capsys.readouterr()
+            return main(), *capsys.readouterr()
         except SystemExit as end:  # its text is what Python prints on stderr
             return 1, capsys.readouterr().out, str(end.code)
 

@@ -17,7 +17,8 @@ import torch
 
 from hub import index as index_module
 from hub.catalogue.exports import export
-from hub.catalogue.index import Neighbour, choose_parameters
+from hub.catalogue.index import Neighbour
+from hub.catalogue.index_building import choose_parameters
 from hub.catalogue.shards import ShardError, embeddings_array
 from hub.encode import EncodeArguments, encode
 from hub.index import BuildArguments, Index, build
@@ -222,7 +223,8 @@ def test_an_unreliable_folder_is_refused(encoded, table, tmp_path, clustered):
     with pytest.raises(ShardError, match="is not where it should be in .*other.parquet"):
         build(BuildArguments(str(encoded), str(tmp_path / "index"), items=str(other)))
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ValueError, match="mine exists and is no result of this command"):
+    (tmp_path / "mine" / "notes.txt").write_text("precious")
+    with pytest.raises(FileError, match="notes.txt was not made by this program"):
         build(BuildArguments(str(encoded), str(tmp_path / "mine")))
     with pytest.raises(ShardError, match="has no visual_embeddings"):
         shards = write_shards(clustered[:100], tmp_path / "plain")

@@ -16,7 +16,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from playwright.sync_api import Page
 
-from hub.app import EMPTY
+from hub.pages.app_page import EMPTY
 from hub.pages.app_search import QueryError, open_search, positions_of_ids
 from tests.support.browser import open_page
 from tests.support.catalogue import make_items, read_shards, vectors, write_items

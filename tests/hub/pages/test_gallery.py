@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from hub.gallery import GalleryArguments, GalleryView, gallery, main, nearest, write_gallery
+from hub.gallery import GalleryArguments, gallery, main
+from hub.pages.gallery import GalleryView, nearest, write_gallery
 from tests.support.browser import open_page
 
 

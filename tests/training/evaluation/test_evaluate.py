@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from tests.conftest import make_model
+from training.batches.collators import ItemCollator
 from training.evaluate import EvaluateArguments, run
 from training.evaluation.embed import embed
 from training.evaluation.evidence import MeasureOptions, evaluate_model
@@ -19,7 +20,6 @@ from training.evaluation.metrics import multi_positive_metrics
 from training.evaluation.retrieval import precision_at_k, rank_all_targets, rank_targets
 from training.tables.items import load_items
 from training.tables.pairs import trained_share
-from training.trainer.batches import ItemCollator
 
 
 @pytest.fixture(scope="module")

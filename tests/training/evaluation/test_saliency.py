@@ -7,6 +7,7 @@ from tokenizers import models
 from transformers.models.llama import modeling_llama
 
 from tests.support.models import make_model
+from training.batches.collators import ItemCollator
 from training.evaluation.saliency import (
     KINDS,
     OTHER,
@@ -17,7 +18,6 @@ from training.evaluation.saliency import (
     measure_saliency,
     token_kinds,
 )
-from training.trainer.batches import ItemCollator
 
 
 def plain(colour: str) -> Image.Image:

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.training.tables.test_items import SCHEMA, png
+from training.batches.false_negatives import KnownPositives
 from training.hard_negatives import HardNegativesArguments, main
 from training.mining.hard_negatives import Exclusions, mine_negatives
 from training.tables.items import load_items
 from training.tables.pairs import load_pairs
-from training.trainer.false_negatives import KnownPositives
 
 
 def test_negatives_are_those_of_a_look_at_each_candidate():

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.training.mining.test_mining import mined, spark
-from training.mine import read_usable
 from training.mining.cooccurrence import MiningArguments, MiningError
 from training.mining.engines import opened
+from training.mining.mining import read_usable
 
 
 __all__ = ["spark"]

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.machine import require_java
-from training.mine import Mined, mine, parse_time, write_rejects
 from training.mining.cooccurrence import UNIT, MiningArguments, MiningError, check_rows
 from training.mining.engines import opened, read_log
+from training.mining.mining import Mined, mine, parse_time, write_rejects
 
 
 ROOT = Path(__file__).parents[3]

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from tests.support.browser import open_page
+from training.batches.collators import ItemCollator
 from training.evaluation.embed import embed, evaluate
 from training.evaluation.run_figures import write_evaluation
 from training.report import ReportArguments, report
@@ -27,7 +28,6 @@ from training.tables.commands.outputs import GENERATOR
 from training.tables.items import load_items
 from training.tables.pairs import load_pairs
 from training.trainer.arguments import parse
-from training.trainer.batches import ItemCollator
 
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> & {{ 7 * 7 }}'

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from training.batches.false_negatives import image_hashes
 from training.tables.columns import item_of
 from training.tables.items import load_items
 from training.tables.pairs import load_pairs
 from training.tables.rejects import TableError, write_rejects
-from training.trainer.false_negatives import image_hashes
 
 
 SCHEMA = pa.schema(

@@ -8,14 +8,14 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_notellm2 import Precision
 from tests.support.models import make_model
+from training.batches.collators import ItemCollator
+from training.batches.data import load_data
+from training.batches.vision_cache import VisionCache
 from training.evaluation.embed import embed, evaluate
 from training.run import run
 from training.trainer import arguments as arguments_module
 from training.trainer.adapters import load_trainable, unwrap_adapter
 from training.trainer.arguments import ModelArguments, NoteLLM2TrainingArguments, parse
-from training.trainer.batches import ItemCollator
-from training.trainer.data import load_data
-from training.trainer.vision_cache import VisionCache
 
 
 @pytest.fixture

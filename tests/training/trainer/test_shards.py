@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoProcessor, TrainerCallback
 
 from tests.training.trainer.test_losses import in_processes, item, undropped_model
+from training.batches.collators import ItemCollator, PairCollator, PairDataset
 from training.evaluation.embed import embed
 from training.tables.pairs import PairTable
 from training.trainer.adapters import save_merged, with_lora
 from training.trainer.arguments import ModelArguments, NoteLLM2TrainingArguments
-from training.trainer.batches import ItemCollator, PairCollator, PairDataset
 from training.trainer.distributed import once_per_machine, whole
 from training.trainer.trainer import NoteLLM2Trainer
 

@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from tests.support.models import QFORMER, make_model
+from training.batches.collators import ItemCollator, PairCollator, PairDataset
+from training.batches.data import load_data
+from training.batches.false_negatives import FalseNegatives
+from training.batches.sampling import DistinctItemsSampler
 from training.evaluation.embed import evaluate_in_training
 from training.run import run
 from training.trainer.adapters import load_trainable
 from training.trainer.arguments import ModelArguments, NoteLLM2TrainingArguments, parse
-from training.trainer.batches import ItemCollator, PairCollator, PairDataset
 from training.trainer.checkpoints import checkpoint_to_resume, mark_whole, newest_checkpoint
-from training.trainer.data import load_data
-from training.trainer.false_negatives import FalseNegatives
-from training.trainer.sampling import DistinctItemsSampler
 from training.trainer.trainer import NoteLLM2Trainer
 
 

@@ -100,19 +100,6 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def check_replaceable(output: Path, record: str) -> None:
-    """Let a folder be replaced only where a command's own result stands.
-
-    Args:
-        record: a file that every result of this command has.
-
-    Raises:
-        ValueError: when `output` is there and is something else.
-    """
-    if output.exists() and not (output / record).is_file():
-        raise ValueError(f"{output} exists and is no result of this command; choose another --output.")
-
-
 @contextlib.contextmanager
 def _partial_folder(path: Path) -> Iterator[Path]:
     """A locked folder beside `path`, with folders for the new and the old content; it goes at the end."""

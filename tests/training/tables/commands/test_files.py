@@ -13,7 +13,6 @@ import pytest
 from training.tables.commands.files import (
     atomic_write,
     atomic_writes,
-    check_replaceable,
     scratch_folder,
     write_json,
     write_text,
@@ -207,11 +206,3 @@ def test_many_writers_of_one_file_never_mix(tmp_path):
         thread.join()
     assert (tmp_path / "one.txt").read_text() in texts
     assert names(tmp_path) == ["one.txt"]
-
-
-def test_only_a_commands_own_result_is_replaceable(tmp_path):
-    check_replaceable(tmp_path / "nothing", "record.json")
-    with pytest.raises(ValueError, match="no result of this command"):
-        check_replaceable(tmp_path, "record.json")
-    (tmp_path / "record.json").touch()
-    check_replaceable(tmp_path, "record.json")

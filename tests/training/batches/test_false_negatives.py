@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from training.batches import false_negatives
+from training.batches.false_negatives import FalseNegatives, KnownPositives, text_hashes
 from training.tables.items import ItemTable
-from training.trainer import false_negatives
-from training.trainer.false_negatives import FalseNegatives, KnownPositives, text_hashes
 
 
 def as_matrix(found, size):

@@ -21,13 +21,13 @@ from transformers.utils import logging
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.pixels_notellm2 import join_pictures
 from modeling_notellm2.prompts_notellm2 import ItemError
+from training.batches.false_negatives import TEXT_FIELDS
+from training.batches.vision_cache import VisionCache, feature_inputs, open_vision_cache
 from training.tables.commands.files import write_text
 from training.tables.images import Item, content_key, read_encoded
 from training.tables.items import ItemTable
 from training.tables.pairs import PairTable
 from training.tables.rejects import Reject
-from training.trainer.false_negatives import TEXT_FIELDS
-from training.trainer.vision_cache import VisionCache, feature_inputs, open_vision_cache
 
 
 logger = logging.get_logger(__name__)

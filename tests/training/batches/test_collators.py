@@ -10,10 +10,10 @@ from PIL import Image
 
 from modeling_notellm2.prompts_notellm2 import ItemError
 from tests.conftest import make_model
+from training.batches.collators import ItemCollator, Pair, PairCollator, PairDataset, drop_repeated_lines
+from training.batches.sampling import DistinctItemsSampler, item_lengths
 from training.tables.items import ItemTable
 from training.tables.pairs import PairTable
-from training.trainer.batches import ItemCollator, Pair, PairCollator, PairDataset, drop_repeated_lines
-from training.trainer.sampling import DistinctItemsSampler, item_lengths
 
 
 def png(number: int) -> bytes:

@@ -13,9 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.conftest import make_model
-from training.trainer import vision_cache
-from training.trainer.batches import ItemCollator, cache_vision_features
-from training.trainer.vision_cache import encoder_key, open_vision_cache
+from training.batches import vision_cache
+from training.batches.collators import ItemCollator, cache_vision_features
+from training.batches.vision_cache import encoder_key, open_vision_cache
 
 
 def png(number: int) -> bytes:
@@ -124,9 +124,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.conftest import make_model
-from tests.training.trainer.test_vision_cache import png
-from training.trainer import vision_cache
-from training.trainer.batches import cache_vision_features
+from tests.training.batches.test_vision_cache import png
+from training.batches import vision_cache
+from training.batches.collators import cache_vision_features
 vision_cache.FILE_BYTES = 5_000
 write = os.replace
 def replace(*paths):

@@ -1,0 +1,149 @@
+"""Builds an index over an encoded catalogue, with sizes that fit the data."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from hub.catalogue.catalogue import EMBEDDING, VISUAL_EMBEDDING, Catalogue, new_folder
+from hub.catalogue.index import IDS_FILE, INDEX_FILE, RECORD, hashes_of
+from training.tables.commands.files import write_json
+from training.tables.commands.outputs import Output, claimed
+from training.tables.items import load_items
+
+
+PQ_BITS = 8
+POINTS_PER_CENTROID = 39
+"""k-means of FAISS wants at least this many training vectors for each centroid."""
+
+
+@dataclass
+class BuildArguments:
+    """What to index, and how."""
+
+    embeddings: str = field(metadata={"help": "Folder that hub/encode.py wrote."})
+    output: str = field(metadata={"help": "Folder to write. An earlier index there is replaced."})
+    kind: str = field(
+        default="flat",
+        metadata={
+            "help": "flat: exact. hnsw: a graph, approximate, fast, larger than flat. ivf_pq: clusters and codes, "
+            "approximate, 8 times smaller than flat.",
+            "choices": ["flat", "hnsw", "ivf_pq"],
+        },
+    )
+    visual: bool = field(default=False, metadata={"help": "Index the visual embeddings, of items with an image."})
+    items: str | None = field(default=None, metadata={"help": "The item table that was encoded, for titles."})
+    split: str | None = field(default=None, metadata={"help": "Its split, as it was encoded."})
+    encoding: str | None = field(default=None, metadata={"help": "Its encoding, as it was encoded."})
+
+
+def build(arguments: BuildArguments) -> dict[str, Any]:
+    """Build an index; returns what index.json holds.
+
+    Raises:
+        ValueError: for embeddings or an item table that can't be relied on, too few items for the kind, or an output that
+            can't be written to.
+    """
+    with claimed([Output("--output", Path(arguments.output))], (arguments.embeddings, arguments.items)):
+        return build_from(Catalogue.open(arguments.embeddings), arguments)
+
+
+def build_from(catalogue: Catalogue, arguments: BuildArguments) -> dict[str, Any]:
+    """What `build` does, of an encoded catalogue."""
+    table = None
+    if arguments.items:
+        table, _ = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
+    column = VISUAL_EMBEDDING if arguments.visual else EMBEDDING
+    count = len(catalogue)
+    if arguments.visual:
+        count = sum(len(batch.item_ids) for batch in catalogue.batches(column))
+    parameters = choose_parameters(arguments.kind, count, catalogue.width)
+    with new_folder(Path(arguments.output)) as folder:
+        index = make_index(arguments.kind, catalogue.width, parameters)
+        if not index.is_trained:
+            index.train(sample(catalogue, column, count, parameters["training_items"]))
+        schema = pa.schema({"item_id": pa.string()} | ({"title": pa.string()} if table else {}))
+        with pa.OSFile(str(folder / IDS_FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as ids:
+            for batch in catalogue.batches(column, table):
+                index.add(batch.vectors)
+                ids.write_batch(pa.record_batch(batch.metadata(), schema))
+        if arguments.kind == "ivf_pq":
+            index.make_direct_map()  # so that an id can be searched
+        faiss.write_index(index, str(folder / INDEX_FILE))
+        settings = {
+            "kind": arguments.kind,
+            "metric": "inner_product",
+            "width": catalogue.width,
+            "items": index.ntotal,
+            "embedding": column,
+            "parameters": parameters,
+            "model": catalogue.manifest["job"]["model"],
+            "hashes": hashes_of(folder),
+            "faiss": faiss.__version__,
+        }
+        write_json(settings, folder / RECORD)
+    return settings
+
+
+def choose_parameters(kind: str, count: int, width: int) -> dict[str, int]:
+    """Sizes that fit the data, by FAISS' guidelines.
+
+    hnsw: 32 links of each item (64 on the lowest level), 200 candidates while building, 128 while searching. ivf_pq:
+    nlist = 4 sqrt(count) clusters, of which an eighth (at least 16) is searched, codes of one byte for each 2 dimensions
+    or the next more that divide the width; trained on 64 items for each cluster.
+
+    Raises:
+        ValueError: for too few items or a width that can't be divided.
+    """
+    if kind == "flat":
+        return {}
+    if kind == "hnsw":
+        return {"links": 32, "candidates_building": 200, "candidates_searching": 128}
+    least = POINTS_PER_CENTROID * 2**PQ_BITS
+    if count < least:
+        raise ValueError(f"ivf_pq is trained on at least {least:,} items and there are {count:,}; take flat or hnsw.")
+    codes = max(number for number in range(1, width // 2 + 1) if width % number == 0)
+    if codes == 1:
+        raise ValueError(
+            f"ivf_pq cuts vectors into equal parts and {width} dimensions can't be cut; take flat or hnsw."
+        )
+    nlist = min(round(4 * math.sqrt(count)), count // POINTS_PER_CENTROID)
+    return {
+        "nlist": nlist,
+        "nprobe": min(nlist, max(16, nlist // 8)),
+        "code_bytes": codes,
+        "training_items": min(count, max(64 * nlist, 64 * 2**PQ_BITS)),
+    }
+
+
+def make_index(kind: str, width: int, parameters: dict[str, int]) -> Any:
+    """An empty FAISS index for inner products, with its defaults for searching set."""
+    if kind == "flat":
+        return faiss.IndexFlatIP(width)
+    if kind == "hnsw":
+        graph = faiss.IndexHNSWFlat(width, parameters["links"], faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction = parameters["candidates_building"]
+        graph.hnsw.efSearch = parameters["candidates_searching"]
+        return graph
+    clusters = faiss.IndexFlatIP(width)
+    index = faiss.IndexIVFPQ(
+        clusters, width, parameters["nlist"], parameters["code_bytes"], PQ_BITS, faiss.METRIC_INNER_PRODUCT
+    )
+    index.nprobe = parameters["nprobe"]
+    return index
+
+
+def sample(catalogue: Catalogue, column: str, count: int, size: int) -> np.ndarray:
+    """`size` vectors drawn at random from the whole catalogue, always the same: `(size, d)` float32."""
+    chosen = np.sort(np.random.default_rng(0).choice(count, size, replace=False))
+    parts, first = [], 0
+    for batch in catalogue.batches(column):
+        behind = first + len(batch.item_ids)
+        here = chosen[slice(*np.searchsorted(chosen, (first, behind)))]
+        parts.append(batch.vectors[here - first])
+        first = behind
+    return np.concatenate(parts)

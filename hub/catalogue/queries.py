@@ -1,0 +1,46 @@
+"""A query that is no item of an index: an item in a JSON file, embedded by the model that encoded the index."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from hub.catalogue.catalogue import VISUAL_EMBEDDING
+from hub.catalogue.encoder import ItemEncoder, Place
+from hub.catalogue.encoding import describe_model, find_model, model_changes
+from hub.catalogue.index import Index
+from modeling_notellm2 import choose_precision
+from training.tables.columns import item_of
+from training.tables.texts import CellError
+
+
+def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto") -> np.ndarray:
+    """Vector `(1, d)` of an item in a JSON file, by the model that encoded the index.
+
+    Raises:
+        ValueError: for a file that holds no item, an item that can't be encoded, or another model.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: an item is a JSON object, this is a {type(raw).__name__}.")
+    known = index.settings["model"]
+    folder = find_model(model or known["source"], None if model else known["revision"])
+    if changed := model_changes(known["files"], describe_model(folder)):
+        raise ValueError(f"{folder} is not the model of this index: {', '.join(changed)} differs.")
+    visual = index.settings["embedding"] == VISUAL_EMBEDDING
+    encoder = ItemEncoder(str(folder), choose_precision(dtype).name, visual=visual)
+    try:
+        item = item_of(raw, path.parent)
+    except CellError as error:
+        raise ValueError(f"{path}: {error}.") from error
+    block = encoder.embed(encoder.prepare(0, [(Place(item["item_id"] or path.stem, path.name, 0), item)]))
+    if not block.item_ids:
+        raise ValueError(f"{path}: {block.rejects[0].reason}.")
+    if visual and not block.has_image[0]:
+        raise ValueError(f"{path}: this index holds visual embeddings and the item has no image.")
+    chosen = block.visual_embeddings if visual else block.embeddings
+    assert chosen is not None
+    return chosen

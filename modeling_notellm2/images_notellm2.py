@@ -6,6 +6,7 @@ ratio, and whatever its decoder raises is an `ItemError`.
 
 import io
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -69,7 +70,12 @@ def load_image(source: Any) -> Image.Image:
         raise ItemError(f"image file {error.filename} does not exist") from error
     except Exception as error:  # decoders raise errors of every kind for bytes that they don't understand
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        raise ItemError(f"image can't be read ({kind}{error})") from error
+        raise ItemError(f"image can't be read ({kind}{without_addresses(error)})") from error
+
+
+def without_addresses(error: Exception) -> str:
+    """An error's text without what differs from run to run: PIL names bytes by where they lie in memory."""
+    return re.sub(r" <\S+ object at 0x[0-9a-f]+>", "", str(error))
 
 
 def check_regular_file(path: str | os.PathLike) -> None:

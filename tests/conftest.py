@@ -113,9 +113,9 @@ def messy_encoded(messy, tiny_model_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def processes():
-    """Starts processes that have the encoder imported already, and nothing of this one."""
+    """Starts processes that have all commands imported already, and nothing of this one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hub.encode", "tests.support.catalogue"])
+    context.set_forkserver_preload(["tests.support.jobs"])
     return context
 
 

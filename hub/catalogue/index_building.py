@@ -73,7 +73,8 @@ def build_from(catalogue: Catalogue, arguments: BuildArguments) -> dict[str, Any
                 ids.write_batch(pa.record_batch(batch.metadata(), schema))
         if arguments.kind == "ivf_pq":
             index.make_direct_map()  # so that an id can be searched
-        faiss.write_index(index, str(folder / INDEX_FILE))
+        with (folder / INDEX_FILE).open("wb") as stream:  # by its name FAISS would only print that the disk is full
+            faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]  # not in its stubs
         settings = {
             "kind": arguments.kind,
             "metric": "inner_product",

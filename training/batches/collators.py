@@ -5,7 +5,6 @@ none left gives its place to another pair of the batch. Both are listed.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -135,7 +134,6 @@ class ItemCollator:
         if name in self.listed:
             return
         self.listed.add(name)
-        fault = re.sub(r" object at 0x[0-9a-f]+", "", fault)  # the same words from every worker
         reject = Reject("items, met in a batch", -1, [name], f"unreadable image: {fault}")
         logger.warning("item_id %r: %s", name, reject.reason)
         if self.rejects is not None:

@@ -15,7 +15,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from modeling_notellm2.images_notellm2 import MAX_PIXELS, check_regular_file, image_sources, load_image
+from modeling_notellm2.images_notellm2 import (
+    MAX_PIXELS,
+    check_regular_file,
+    image_sources,
+    load_image,
+    without_addresses,
+)
 from modeling_notellm2.prompts_notellm2 import ItemError
 
 
@@ -78,7 +84,7 @@ def _fault(source: Any) -> str | None:
         else:
             load_image(encoded)
     except Exception as error:  # decoders raise errors of every kind
-        return str(error) or type(error).__name__
+        return without_addresses(error) or type(error).__name__
     return None
 
 

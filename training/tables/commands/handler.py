@@ -183,6 +183,7 @@ def command(name: str, go_on: str = "Start it again with the same options.") -> 
 def _end_failed(name: str, error: Exception, with_traceback: bool) -> NoReturn:
     if with_traceback:
         traceback.print_exception(error)
+    _close_progress_bars(error)
     if isinstance(error, BrokenPipeError):  # `| head`; what is flushed at exit would raise it once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     line = f"{name}: {describe(error)}"
@@ -200,14 +201,23 @@ def _end_stopped(name: str, stop: Stopped, go_on: str) -> NoReturn:
     raise SystemExit(128 + stop.signal_number) from None
 
 
+def _close_progress_bars(error: BaseException) -> None:
+    """Let go of the loops that an error has ended: their bars close now, and not after the error's line or in it."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
+
+
 def describe(error: BaseException) -> str:
     """Give an error as one line: what is wrong, with which file, and what to do where that is known."""
     message = _in_one_line(str(error))
     remedy = next((remedy for text, remedy in REMEDIES_BY_TEXT.items() if text in message), None)
     if isinstance(error, OSError) and error.errno is not None:
         remedy = REMEDIES.get(error.errno, remedy)
-        if error.filename is not None:
-            message = f"{_path(error.filename)}: {error.strerror}"
+        name = error.filename2 or error.filename  # of two, the second is written
+        if name is not None:
+            message = f"{_path(name)}: {error.strerror}"
     elif isinstance(error, MemoryError):
         message, remedy = "not enough memory" + (f": {message}" if message else ""), "Use smaller batches."
     known = isinstance(error, EXPLAINED) or type(error).__module__.split(".")[0] in EXPLAINED_LIBRARIES

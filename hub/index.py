@@ -45,7 +45,10 @@ class SearchArguments:
     )
     dtype: str = field(
         default="auto",
-        metadata={"help": "With --item: type of the model's weights; auto: as the machine.", "choices": list(DTYPES)},
+        metadata={
+            "help": "With --item: type of the model's weights; auto: as the index was encoded.",
+            "choices": list(DTYPES),
+        },
     )
 
     def __post_init__(self) -> None:

@@ -135,10 +135,10 @@ def build_language_model(config: PreTrainedConfig, class_name: str | None) -> Pr
         return AutoModel.from_config(config)
     package = type(config).__module__.rpartition(".")[0]
     module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-    found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    text_class = getattr(module, class_name, None)
+    if not (isinstance(text_class, type) and issubclass(text_class, PreTrainedModel)):
         raise UnusableModelError(f"text_class is {class_name!r}, but {package} has no model of that name.")
-    return found._from_config(config)
+    return text_class._from_config(config)
 
 
 def check_rebuilt(model: PreTrainedModel, class_name: str | None) -> None:

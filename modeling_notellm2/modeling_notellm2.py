@@ -5,7 +5,7 @@ at the read-out positions -> gate with the vision encoder's summary feature (lat
 """
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Blip2QFormerModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .backbones_notellm2 import (
@@ -28,88 +26,20 @@ from .backbones_notellm2 import (
     tokenizer_of,
 )
 from .configuration_notellm2 import NoteLLM2Config
+from .fusion_notellm2 import NoteLLM2LateFusion, NoteLLM2Projector, mean_of_images
 from .inputs_notellm2 import check_padding, count_images, last_position, positions_of, states_at
 from .language_notellm2 import LanguageCall, build_language_model, call_language_model, embedding_rows, takes_positions
 from .loss_notellm2 import complete_pairs, contrastive_pair_loss
+from .old_checkpoints_notellm2 import read_old_scales, unsqueeze_scale
+from .outputs_notellm2 import NoteLLM2Output
+from .precision_notellm2 import cast_part, keep_precision_apart
 from .saving_notellm2 import write_sentence_transformers_files
 from .towers_notellm2 import build_vision_encoder, load_vision_encoder
-from .vision_notellm2 import VisionFeatures, merge_features, vision_features, vision_width
+from .vision_notellm2 import VisionFeatures, merge_features, vision_features
+from .vision_probe_notellm2 import vision_width
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class NoteLLM2Output(ModelOutput):
-    """
-    Embeddings of a batch of `n` items.
-
-    Args:
-        loss (`torch.FloatTensor`, *optional*, returned with `return_loss=True`): scalar float32, the weighted mean of
-            the two losses below; without mICL the multimodal one.
-        multimodal_loss (`torch.FloatTensor`, *optional*): scalar.
-        visual_loss (`torch.FloatTensor`, *optional*): scalar, over the pairs whose both members have an image.
-        embeddings (`torch.FloatTensor` of shape `(n, d)`): multimodal, L2-normalised, in the model's dtype.
-        visual_embeddings (`torch.FloatTensor` of shape `(n, d)`, *optional*): of the images alone, with mICL only;
-            zeros for items without one.
-        has_image (`torch.BoolTensor` of shape `(n,)`): which rows of `visual_embeddings` are filled.
-        hidden_states (`tuple` of `torch.FloatTensor` `(n, length, width)`, *optional*): of the LLM, with
-            `output_hidden_states=True`.
-        attentions (`tuple` of `torch.FloatTensor` `(n, heads, length, length)`, *optional*): of the LLM, with
-            `output_attentions=True` (eager attention only).
-        logit_scale (`torch.FloatTensor` of shape `(1,)`): logarithm of the factor on the similarities, for a loss
-            outside of the model. Where weights are spread over processes, the parameter can be read in here only.
-        vision_hidden_states (`torch.FloatTensor` of shape `(images, tokens, vision width)`, *optional*),
-        vision_pooler_output (`torch.FloatTensor` of shape `(images, vision width)`, *optional*) and
-        vision_attention_mask (`torch.LongTensor` of shape `(images, tokens)`, *optional*):
-            of the vision encoder, as `forward` takes them back; with `output_vision_features=True`.
-    """
-
-    loss: torch.Tensor | None = None
-    multimodal_loss: torch.Tensor | None = None
-    visual_loss: torch.Tensor | None = None
-    embeddings: torch.Tensor | None = None
-    visual_embeddings: torch.Tensor | None = None
-    has_image: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    logit_scale: torch.Tensor | None = None
-    vision_hidden_states: torch.Tensor | None = None
-    vision_pooler_output: torch.Tensor | None = None
-    vision_attention_mask: torch.Tensor | None = None
-
-
-class NoteLLM2Projector(nn.Module):
-    """Q-Former width to the width of the LLM's token embeddings: Linear, GELU, Linear (paper, section 3.2)."""
-
-    def __init__(self, config: NoteLLM2Config, width: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(config.qformer_config.hidden_size, width)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(hidden_states)))
-
-
-class NoteLLM2LateFusion(nn.Module):
-    """Gates the vision encoder's summary feature into an embedding (paper, section 3.4).
-
-    `v = W_v s`; `g = sigmoid(W_g [h ; v])`; `h' = g * h + (1 - g) * v`, element by element, without biases. One gate and
-    one projection serve both embeddings.
-    """
-
-    def __init__(self, config: NoteLLM2Config):
-        super().__init__()
-        assert config.vision_hidden_size is not None
-        width = config.text_width
-        self.projection = nn.Linear(config.vision_hidden_size, width, bias=False)
-        self.gate = nn.Linear(2 * width, width, bias=False)
-
-    def forward(self, hidden: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
-        visual = self.projection(summary)
-        gate = torch.sigmoid(self.gate(torch.cat([hidden, visual], dim=-1)))
-        return gate * hidden + (1 - gate) * visual
 
 
 class NoteLLM2PreTrainedModel(PreTrainedModel):
@@ -185,7 +115,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         )
         # One-dimensional: what spreads weights over processes (FSDP2) can't cut a scalar.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init)))
-        self.register_load_state_dict_pre_hook(_unsqueeze_scalars)
+        self.register_load_state_dict_pre_hook(unsqueeze_scale)
         positions = config.text_positions
         self._language_call = LanguageCall(
             config.text_inputs, takes_positions(self.language_model) if positions is None else positions
@@ -193,18 +123,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         if config.freeze_vision:
             self.vision_model.requires_grad_(False)
         self.post_init()
-        self._keep_precision_apart()
-
-    def _keep_precision_apart(self) -> None:
-        """Lets a backbone's rules of what stays in float32 hold for the backbone alone.
-
-        They are patterns that transformers looks for in all names: `gate.weight` would be found in `late_fusion` too.
-        """
-        for rules in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-            parts = {
-                name: getattr(getattr(self, name), rules, None) or () for name in ("vision_model", "language_model")
-            }
-            setattr(self, rules, {f"{name}.+{pattern}" for name, patterns in parts.items() for pattern in patterns})
+        keep_precision_apart(self, ("vision_model", "language_model"))
 
     def initialize_weights(self) -> None:
         """Each backbone by its own rules first, as when it is loaded alone; then what is new.
@@ -284,7 +203,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         """All parts in one dtype. An LLM that has it already stays as it is: some weights of its may be in float32."""
         for part in self.children():
             if part is not self.language_model or part.dtype != dtype:
-                _cast(part, dtype)
+                cast_part(part, dtype)
         for parameter in self.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
         self.config.dtype = dtype
@@ -414,7 +333,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         outputs = call_language_model(
             self.language_model, self._language_call, text_ids, inputs_embeds, attention_mask, **kwargs
         )
-        summary = self._summary(None if features is None else features.pooler_output, counts)
+        summary = None if features is None else mean_of_images(features.pooler_output, counts)
         hidden = outputs.last_hidden_state
         embeddings = self._finish(states_at(hidden, last_position(attention_mask)), summary, has_image)
         visual_embeddings = None
@@ -452,15 +371,6 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         slots |= positions_of(input_ids, self.config.visual_embedding_token_id)
         return input_ids.masked_fill(slots, self.config.text_config.pad_token_id or 0)
 
-    def _summary(self, pooled: torch.Tensor | None, num_images: torch.Tensor) -> torch.Tensor | None:
-        """Mean of the summary features of each item's images, `(n, vision width)`; zeros where there is none."""
-        if pooled is None:
-            return None
-        num_images = num_images.to(pooled.device)
-        owner = torch.arange(len(num_images), device=pooled.device).repeat_interleave(num_images)
-        total = pooled.new_zeros(len(num_images), pooled.shape[-1]).index_add(0, owner, pooled[: len(owner)])
-        return total / num_images.clamp(min=1).unsqueeze(-1).to(pooled.dtype)
-
     def _finish(self, hidden: torch.Tensor, summary: torch.Tensor | None, has_image: torch.Tensor) -> torch.Tensor:
         """Late fusion (of items with an image), reduction, L2 norm in float32: `(n, LLM width)` to `(n, d)`."""
         if self.late_fusion is not None and summary is not None:
@@ -487,46 +397,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         return output
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """As `Module.to(dtype)`, which would cut complex buffers (Llama 4's rotations) to their real parts."""
-    rotations = {name: buffer for name, buffer in model.named_buffers() if buffer.is_complex()}
-    nn.Module.to(model, dtype)
-    for name, buffer in rotations.items():
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, buffer)
-
-
-def _unsqueeze_scalars(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
-    """For `load_state_dict`: the logit scale of older checkpoints is a scalar."""
-    name = f"{prefix}logit_scale"
-    if name in state_dict:
-        state_dict[name] = torch.atleast_1d(state_dict[name])
-
-
-class _UnsqueezeScale(ConversionOps):
-    """For `from_pretrained`: as `_unsqueeze_scalars`. What is saved stays as it is."""
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        full_layer_name: str = "",
-        **_: Any,
-    ) -> dict[str, Any]:
-        """The tensor under its target's name; that of the model itself with one dimension, a backbone's unchanged."""
-        (tensors,) = input_dict.values()
-        tensor = tensors[0] if isinstance(tensors, list) else tensors
-        return {target_patterns[0]: torch.atleast_1d(tensor) if full_layer_name == "logit_scale" else tensor}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _UnsqueezeScale()
-
-
-register_checkpoint_conversion_mapping(
-    NoteLLM2Model.__name__, [WeightConverter("logit_scale", "logit_scale", [_UnsqueezeScale()])], overwrite=True
-)
+read_old_scales(NoteLLM2Model)
 
 
 __all__ = ["NoteLLM2Model", "NoteLLM2Output", "NoteLLM2PreTrainedModel"]

@@ -5,14 +5,19 @@ beside the pixels (grids, masks, positions) says one thing: how much of a padded
 `image_sizes` `(images, k)`, from which `vision_notellm2` makes each encoder's own inputs.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging as python_logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import AutoImageProcessor
 
 from .prompts_notellm2 import ItemError
+from .towers_notellm2 import MISSING_PACKAGE
 
 
 VISION_INPUTS = ("pixel_values", "image_sizes")
@@ -124,3 +129,37 @@ def _sizes(part: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """As given, or height and width of pictures that have no padding."""
     pixels = part["pixel_values"]
     return part["image_sizes"] if "image_sizes" in part else torch.tensor([pixels.shape[-2:]] * len(pixels))
+
+
+def load_image_processor(source: str | os.PathLike) -> Any:
+    """An image processor by its id or folder.
+
+    Raises:
+        ImportError: naming the package that it needs.
+    """
+    try:
+        with no_backend_notice():
+            return AutoImageProcessor.from_pretrained(source)
+    except (ImportError, ValueError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, ValueError) and "Missing optional dependencies" not in text:
+            raise
+        raise ImportError(MISSING_PACKAGE % (source, text)) from error
+
+
+@contextlib.contextmanager
+def no_backend_notice() -> Iterator[None]:
+    """Keeps back transformers' notice that torchvision is missing: PIL is as good here, and expected."""
+
+    def other(record: python_logging.LogRecord) -> bool:
+        return "backend" not in record.getMessage() and "orchvision" not in record.getMessage()
+
+    names = ("transformers.models.auto.image_processing_auto", "transformers.image_processing_base")
+    loggers = [python_logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(other)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(other)

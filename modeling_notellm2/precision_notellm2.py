@@ -4,9 +4,12 @@ A CPU without bfloat16 arithmetic takes bfloat16 too, but turns every number int
 float32 itself. So `auto` asks torch what the machine has, and what torch was told to use of it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -86,4 +89,26 @@ def _accelerator_answer(device: torch.device) -> tuple[bool, str]:
     return fast, f"{name} has {'' if fast else 'no '}bfloat16 arithmetic"
 
 
-__all__ = ["DTYPES", "Precision", "choose_precision"]
+def cast_part(model: nn.Module, dtype: torch.dtype) -> None:
+    """As `Module.to(dtype)`, which would cut complex buffers (Llama 4's rotations) to their real parts."""
+    rotations = {name: buffer for name, buffer in model.named_buffers() if buffer.is_complex()}
+    nn.Module.to(model, dtype)
+    for name, buffer in rotations.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, buffer)
+
+
+def keep_precision_apart(model: PreTrainedModel, backbones: Sequence[str]) -> None:
+    """Let a backbone's rules of what stays in float32 hold for the backbone alone.
+
+    They are patterns that transformers looks for in all names: `gate.weight` would be found in `late_fusion` too.
+
+    Args:
+        backbones: names of the model's attributes that have such rules.
+    """
+    for rules in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        patterns = {name: getattr(getattr(model, name), rules, None) or () for name in backbones}
+        setattr(model, rules, {f"{name}.+{pattern}" for name in backbones for pattern in patterns[name]})
+
+
+__all__ = ["DTYPES", "Precision", "cast_part", "choose_precision", "keep_precision_apart"]

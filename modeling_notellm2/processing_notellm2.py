@@ -1,7 +1,5 @@
 """Items to model inputs: prompts by the published rules, safe tokenization of users' texts, pictures to pixels."""
 
-import contextlib
-import logging as python_logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -10,13 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
 from .backbones_notellm2 import item_tokens
 from .images_notellm2 import image_sources, is_nan, load_image
-from .pixels_notellm2 import join_pictures, keeps_sizes, one_picture_each, picture_pixels
+from .items_notellm2 import as_item, naming
+from .pixels_notellm2 import (
+    join_pictures,
+    keeps_sizes,
+    load_image_processor,
+    no_backend_notice,
+    one_picture_each,
+    picture_pixels,
+)
 from .prompts_notellm2 import (
-    ITEM_FIELDS,
     WORDINGS,
     FieldLimits,
     ItemError,
@@ -28,7 +33,6 @@ from .prompts_notellm2 import (
     join_pieces,
     split_slots,
 )
-from .towers_notellm2 import MISSING_PACKAGE
 
 
 Item = Mapping[str, Any] | str | Image.Image
@@ -119,7 +123,7 @@ class NoteLLM2Processor(ProcessorMixin):
             ImportError: naming the package that the image processor needs.
         """
         if isinstance(image_processor, (str, os.PathLike)):
-            image_processor = _load_image_processor(image_processor)
+            image_processor = load_image_processor(image_processor)
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         if model is not None:
@@ -136,7 +140,7 @@ class NoteLLM2Processor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "NoteLLM2Processor":
         """As for any processor; that pictures go through PIL is no news."""
-        with _no_backend_notice():
+        with no_backend_notice():
             return super().from_pretrained(*args, **kwargs)
 
     def prepare_model(self, model: Any) -> None:
@@ -240,7 +244,7 @@ class NoteLLM2Processor(ProcessorMixin):
         for number, raw in enumerate(batch):
             item_id = raw.get("item_id") if isinstance(raw, Mapping) else None
             where = f"row {number}" + ("" if item_id is None else f" (item_id {item_id!r})")
-            with _naming(where):
+            with naming(where):
                 item = as_item(raw)
                 rows.append(self._pieces(item))
                 if is_nan(item.get("image")) and self.item_text(item) == ItemText("", "", ""):
@@ -372,68 +376,13 @@ class NoteLLM2Processor(ProcessorMixin):
         """The pictures of the batch, of which one is open at a time."""
         parts: list[dict[str, torch.Tensor]] = []
         for of_row, where in sources:
-            with _naming(where):
+            with naming(where):
                 parts.extend(self.process_images([load_image(source)]) for source in of_row)
         return join_pictures(parts)
 
 
-def _load_image_processor(source: str | os.PathLike) -> Any:
-    try:
-        with _no_backend_notice():
-            return AutoImageProcessor.from_pretrained(source)
-    except (ImportError, ValueError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, ValueError) and "Missing optional dependencies" not in text:
-            raise
-        raise ImportError(MISSING_PACKAGE % (source, text)) from error
-
-
-def as_item(raw: Any) -> Mapping[str, Any]:
-    """Any accepted form of an item as a dict: a string is its content, a PIL image or a path its picture.
-
-    Raises:
-        ItemError: for anything else, also a dict whose keys hold nothing of an item: it would be an empty one in silence.
-    """
-    if isinstance(raw, Mapping):
-        if raw.keys() - {"item_id"} and raw.keys().isdisjoint(ITEM_FIELDS):
-            raise ItemError(f"a dict of {', '.join(map(str, raw))} has none of {', '.join(sorted(ITEM_FIELDS))}")
-        return raw
-    if isinstance(raw, str):
-        return {"content": raw}
-    if isinstance(raw, (Image.Image, os.PathLike, np.ndarray)):
-        return {"image": raw}
-    raise ItemError(f"an item is a {type(raw).__name__}; expected a dict, a string, a PIL image or a path")
-
-
 def _next(iterator: Iterator[Any]) -> list[Any]:
     return [image for image in [next(iterator, None)] if image is not None]
-
-
-@contextlib.contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Puts the item's place before an error about it."""
-    try:
-        yield
-    except ItemError as error:
-        raise ItemError(f"{where}: {error}") from error
-
-
-@contextlib.contextmanager
-def _no_backend_notice() -> Iterator[None]:
-    """Keeps back transformers' notice that torchvision is missing: PIL is as good here, and expected."""
-
-    def other(record: python_logging.LogRecord) -> bool:
-        return "backend" not in record.getMessage() and "orchvision" not in record.getMessage()
-
-    names = ("transformers.models.auto.image_processing_auto", "transformers.image_processing_base")
-    loggers = [python_logging.getLogger(name) for name in names]
-    for logger in loggers:
-        logger.addFilter(other)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(other)
 
 
 __all__ = ["NoteLLM2Processor", "as_item"]

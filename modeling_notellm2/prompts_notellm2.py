@@ -116,12 +116,12 @@ def item_text(
     """
     title = _flatten(_field(item, "title"), wording)
     content = _field(item, "content").replace(TOPIC_MARK, "")
-    found = [word for word in HASHTAG.findall(content) if len(word) <= limits.max_topic_length]
+    hashtags = [word for word in HASHTAG.findall(content) if len(word) <= limits.max_topic_length]
     content = HASHTAG.sub(lambda match: "" if len(match[1]) <= limits.max_topic_length else match[0], content)
     content = _flatten(content, wording)
     given = [_flatten(topic, wording).strip()[: limits.max_topic_length] for topic in _topics(item)]
-    kept = [topic for topic in given if topic] + found
-    topics = wording.topic_separator.join(kept[: limits.max_topics])
+    all_topics = [topic for topic in given if topic] + hashtags
+    topics = wording.topic_separator.join(all_topics[: limits.max_topics])
     fields = {
         "title": (title[: limits.max_title_length].strip(), limits.max_title_tokens),
         "topics": (topics, limits.max_topics_tokens),

@@ -5,19 +5,16 @@ padded patches and their shapes (SigLIP 2 NaFlex) or positions (Gemma 4), or wit
 may be tokens, with a class token before them or not, or a feature map with its channels first or last.
 """
 
-import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-
-from .towers_notellm2 import build_vision_encoder
+from transformers import PreTrainedModel
 
 
 # How transformers' vision models name a learned class token; whether it stands before the patches shows in their number.
@@ -113,17 +110,17 @@ def join_features(parts: list[VisionFeatures]) -> VisionFeatures:
 
 
 def merge_features(
-    computed: VisionFeatures, kept: VisionFeatures | None, is_kept: torch.Tensor | None
+    computed: VisionFeatures, given: VisionFeatures | None, is_given: torch.Tensor | None
 ) -> VisionFeatures:
-    """Features of all images in order, from those that were computed now and those that were kept, `is_kept` `(images,)`."""
-    if kept is None or is_kept is None:
+    """Features of all images in order, from those that were computed now and those that were given, `is_given` `(images,)`."""
+    if given is None or is_given is None:
         return computed
     like = computed.last_hidden_state
-    kept = VisionFeatures(
-        kept.last_hidden_state.to(like), kept.pooler_output.to(computed.pooler_output), kept.attention_mask
+    given = VisionFeatures(
+        given.last_hidden_state.to(like), given.pooler_output.to(computed.pooler_output), given.attention_mask
     )
-    both = join_features([kept, computed])
-    order = torch.cat([is_kept.nonzero().flatten(), (~is_kept).nonzero().flatten()]).argsort().to(like.device)
+    both = join_features([given, computed])
+    order = torch.cat([is_given.nonzero().flatten(), (~is_given).nonzero().flatten()]).argsort().to(like.device)
     mask = None if both.attention_mask is None else both.attention_mask[order]
     return VisionFeatures(both.last_hidden_state[order], both.pooler_output[order], mask)
 
@@ -136,105 +133,7 @@ def _row(features: VisionFeatures, row: int) -> VisionFeatures:
     )
 
 
-def vision_width(
-    vision_config: PreTrainedConfig, feature_layer: int = -1, encoder: PreTrainedModel | None = None
-) -> int:
-    """Width of an encoder's tokens, as its output has it.
-
-    Found by a forward pass without memory or arithmetic (the meta device). Encoders of patches count them as they run,
-    which needs real numbers: `encoder`, or one built from the config, sees the smallest picture.
-
-    Raises:
-        ValueError: for an encoder that takes or returns something else than expected.
-    """
-    with torch.device("meta"):
-        unreal = build_vision_encoder(copy.deepcopy(vision_config)).eval()
-    check_inputs(unreal)
-    parameters = inspect.signature(unreal.forward).parameters
-    probes: list[Callable[[], PreTrainedModel]] = [lambda: unreal] if _takes_pictures(parameters) else []
-    probes.append(lambda: build_vision_encoder(copy.deepcopy(vision_config)).eval() if encoder is None else encoder)
-    reason: Exception | None = None
-    for make in probes:
-        probe = make()
-        for pixels, sizes in _probe_inputs(probe, parameters):
-            try:
-                with torch.no_grad(), torch.device(pixels.device):
-                    return vision_features(probe, pixels, feature_layer, sizes).last_hidden_state.shape[-1]
-            except Exception as error:  # the encoder's own, of any kind, for inputs that it doesn't understand
-                reason = error
-    if isinstance(reason, ValueError) and EXPECTED in str(reason):
-        raise reason
-    raise ValueError(_unreadable(unreal, parameters, reason)) from reason
-
-
-def _unreadable(encoder: PreTrainedModel, parameters: Any, reason: Exception | None) -> str:
-    """Why an encoder understands none of the pictures it was shown: a video's, with inputs of its own, or another shape."""
-    name = type(encoder).__name__
-    frames = getattr(encoder.config, "num_frames", None)
-    if frames and frames > 1:
-        return f"{name} reads videos of {frames} frames, not single pictures. {EXPECTED}"
-    own = [
-        parameter.name
-        for parameter in parameters.values()
-        if "Tensor" in str(parameter.annotation) and parameter.name not in {*PIXELS, *KNOWN_INPUTS, *IDLE_INPUTS}
-    ]
-    if own:
-        return f"{name} can't be read as a vision encoder: beside its pictures it takes {', '.join(own)}. {EXPECTED}"
-    height, width = _picture_size(encoder.config)
-    pictures = f"pictures (n, c, {height}, {width})"
-    taken = pictures if _takes_pictures(parameters) else "patches in a form that is known here"
-    return f"{name} can't be read as a vision encoder: it does not take {taken}. {EXPECTED} Its own error was: {reason}"
-
-
-def _takes_pictures(parameters: Any) -> bool:
-    return parameters.keys().isdisjoint(READERS) or "aspect_ratio_ids" in parameters
-
-
-def _probe_inputs(encoder: PreTrainedModel, parameters: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """One empty picture as the encoder takes it; several for patches, which encoders take flat or not."""
-    config = encoder.config
-    channels = _first_of(config, "num_channels", "in_channels", "in_chans") or 3
-    like: dict[str, Any] = {"dtype": encoder.dtype, "device": encoder.device}
-    if _takes_pictures(parameters):
-        yield torch.zeros(1, channels, *_picture_size(config), **like), None
-        return
-    side = 2 * (_first_of(config, "spatial_merge_size", "pooling_kernel_size", "merge_size") or 2)
-    in_time = not {"grid_thw", "image_grid_thw"}.isdisjoint(parameters)
-    sizes = torch.tensor([[1, side, side] if in_time else [side, side]], device=encoder.device)
-    frames = (_first_of(config, "temporal_patch_size") or 1) if in_time else 1
-    patch = config.patch_size
-    shapes: list[tuple[int, ...]] = [
-        (channels * frames * patch**2,),
-        (2 * channels * patch**2,),
-        (channels, patch, patch),
-    ]
-    for shape in shapes:
-        yield torch.zeros(1, side * side, *shape, **like), sizes
-
-
-def check_inputs(encoder: PreTrainedModel) -> None:
-    """Checks that an encoder asks for pictures and for nothing that only a text or a video has; ValueError if not."""
-    name, parameters = type(encoder).__name__, inspect.signature(encoder.forward).parameters
-    needed = [
-        parameter.name
-        for parameter in parameters.values()
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    first = next((pixels for pixels in PIXELS if pixels in parameters), None)
-    unknown = [other for other in needed if other != first and other not in KNOWN_INPUTS]
-    if first is None or unknown or "input_ids" in parameters:
-        asked = ", ".join(unknown or needed or list(parameters)[:1])
-        raise ValueError(f"{name} can't be read as a vision encoder: it takes {asked}. {EXPECTED}")
-
-
-def _picture_size(config: PreTrainedConfig) -> tuple[int, int]:
-    """Height and width that an encoder was made for: its config's, timm's own, or 224."""
-    timm = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
-    size = getattr(config, "image_size", None) or (timm[-2:] if timm else 224)
-    return (size[0], size[1]) if isinstance(size, (list, tuple)) else (size, size)
-
-
-def _first_of(config: Any, *names: str) -> Any:
+def first_of(config: Any, *names: str) -> Any:
     return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
 
 
@@ -264,8 +163,8 @@ def _of_one_size(
     if isinstance(tokens, torch.Tensor) and tokens.dim() == 3 and tokens.shape[0] == 1 < images:
         tokens = tokens.reshape(images, -1, tokens.shape[-1])  # Pixtral: all pictures in one row
     if not isinstance(tokens, torch.Tensor) or tokens.dim() not in (3, 4) or tokens.shape[0] != images:
-        found = f"last_hidden_state of shape {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else "none"
-        raise ValueError(f"{name} returned {found}. {EXPECTED}")
+        returned = f"last_hidden_state of shape {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else "none"
+        raise ValueError(f"{name} returned {returned}. {EXPECTED}")
     class_state = getattr(outputs, "cls_token_value", None)  # CvT: beside the feature map
     if tokens.dim() == 4:
         if feature_layer != -1:
@@ -358,7 +257,7 @@ def _of_grids(
     held = torch.arange(pixel_values.shape[1], device=counts.device) < counts.unsqueeze(-1)
     more = {}
     if "merge_sizes" in parameters:
-        merge = _first_of(vision_model.config, "spatial_merge_size", "merge_size") or 1
+        merge = first_of(vision_model.config, "spatial_merge_size", "merge_size") or 1
         more["merge_sizes"] = sizes.new_full((len(sizes),), merge)
     grid = next(name for name in ("grid_thw", "image_grid_thw") if name in parameters)
     outputs = _call(vision_model, pixel_values[held], **{grid: sizes}, **more)

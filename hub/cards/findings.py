@@ -7,6 +7,7 @@ number of queries (of precision: items): a little too careful, as both are measu
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,45 @@ def results_table(metrics: Metrics) -> dict[str, Any] | None:
     return {"columns": columns, "rows": rows} if columns else None
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What is asked of two figures, its answers when the first is lower, not clearly different and higher, and the figures."""
+
+    asked: str
+    answers: tuple[str, str, str]
+    figures: str = "{:.3f} with it, {:.3f} without"
+
+    def answer(self, sign: int, value: float, other: float) -> str:
+        return f"{self.asked}: {self.answers[sign + 1]} ({self.figures.format(value, other)})."
+
+
+PICTURE_BESIDE_TEXT = _Question(
+    "Picture beside text",
+    (
+        "the text alone does better than with the picture",
+        "no clear gain from the picture beside the text",
+        "the picture adds to the text",
+    ),
+)
+PICTURE_ALONE = _Question(
+    "Picture without text",
+    (
+        "the picture alone does worse than chance",
+        "the picture alone does no better than chance",
+        "the picture alone carries",
+    ),
+    "{:.3f}, chance {:.3f}",
+)
+TEXT_BESIDE_PICTURE = _Question(
+    "Text beside picture",
+    (
+        "the picture alone does better than with the text",
+        "no clear gain from the text beside the picture",
+        "the text adds to the picture",
+    ),
+)
+
+
 def findings(metrics: Metrics) -> list[str]:
     """Sentences on training, baselines and modalities, from the figures alone."""
     after, queries = metrics.get("after", {}), metrics.get("random", {}).get("queries", 0)
@@ -119,15 +159,17 @@ def findings(metrics: Metrics) -> list[str]:
         return []
     compare = _Comparison(queries)
     trained = after[f"both/{HEADLINE}"]
-    found = [f"With picture and text {HEADLINE} is {trained:.3f}{_reference(metrics)}."]
+    sentences = [f"With picture and text {HEADLINE} is {trained:.3f}{_reference(metrics)}."]
     before = metrics.get("before", {}).get(f"both/{HEADLINE}")
     if before is not None:
-        found.append(f"Training: {compare.sentence('trained', trained, 'untrained', before)}.")
-    found += _modalities(after, metrics.get("random", {}).get(f"random/{HEADLINE}"), compare)
+        sentences.append(f"Training: {compare.sentence('trained', trained, 'untrained', before)}.")
+    sentences += _modalities(after, metrics.get("random", {}).get(f"random/{HEADLINE}"), compare)
     items = _Comparison(metrics.get("counts", {}).get("eval_items", queries))
     for metric in METRICS:
-        found += _baselines(metric, metrics.get("baselines", {}), after, items if "precision" in metric else compare)
-    return found
+        sentences += _baselines(
+            metric, metrics.get("baselines", {}), after, items if "precision" in metric else compare
+        )
+    return sentences
 
 
 def _reference(metrics: Metrics) -> str:
@@ -138,29 +180,16 @@ def _reference(metrics: Metrics) -> str:
 def _modalities(after: Metrics, chance: float | None, compare: "_Comparison") -> list[str]:
     """Does the picture count beside the text, and does it carry alone?"""
     both, text, image = (after.get(f"{part}/{HEADLINE}") for part in ("both", "text", "image"))
-    found = []
-    if text is not None and both is not None:
-        verdict = {
-            1: "the picture adds to the text",
-            0: "no clear gain from the picture beside the text",
-            -1: "the text alone does better than with the picture",
-        }[compare.sign(both, text)]
-        found.append(f"Picture beside text: {verdict} ({both:.3f} with it, {text:.3f} without).")
-    if image is not None and chance is not None:
-        verdict = {
-            1: "the picture alone carries",
-            0: "the picture alone does no better than chance",
-            -1: "the picture alone does worse than chance",
-        }[compare.sign(image, chance)]
-        found.append(f"Picture without text: {verdict} ({image:.3f}, chance {chance:.3f}).")
-    if image is not None and both is not None:
-        verdict = {
-            1: "the text adds to the picture",
-            0: "no clear gain from the text beside the picture",
-            -1: "the picture alone does better than with the text",
-        }[compare.sign(both, image)]
-        found.append(f"Text beside picture: {verdict} ({both:.3f} with it, {image:.3f} without).")
-    return found
+    asked = [
+        (PICTURE_BESIDE_TEXT, both, text),
+        (PICTURE_ALONE, image, chance),
+        (TEXT_BESIDE_PICTURE, both, image),
+    ]
+    return [
+        question.answer(compare.sign(value, other), value, other)
+        for question, value, other in asked
+        if value is not None and other is not None
+    ]
 
 
 def _baselines(metric: str, baselines: Metrics, after: Metrics, compare: "_Comparison") -> list[str]:

@@ -91,8 +91,8 @@ def write_card(
         raise ValueError(f"{path} was not written by this command; pass replace (--replace) to write over it.")
     model, measured = read_model(folder), read_metrics(metrics)
     check_weights(METRICS if isinstance(metrics, Mapping) else str(metrics), measured, weights_of(folder))
-    for one in [*([repo_id] if repo_id else []), *(datasets or []), *(base_models or [])]:
-        check_id(one)
+    for hub_id in [*([repo_id] if repo_id else []), *(datasets or []), *(base_models or [])]:
+        check_id(hub_id)
     name = (repo_id or folder.resolve().name).split("/")[-1]
     bases = list(base_models) if base_models is not None else [name for name in model.bases.values() if is_hub_id(name)]
     results = eval_results(measured, datasets[0] if datasets else None, ", ".join(datasets or []) or "own items")
@@ -152,37 +152,39 @@ def summary(model: DescribedModel) -> str:
 
 def rows_of(values: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, str]]:
     """The named values that are there and are not switched off, as rows to show."""
-    kept = [(shown, values.get(name)) for name, shown in names.items()]
+    shown_values = [(shown, values.get(name)) for name, shown in names.items()]
     return [
         (shown, f"{value:,}" if isinstance(value, int) and value is not True else _one_line(value))
-        for shown, value in kept
+        for shown, value in shown_values
         if value is not None and value is not False and value != [] and not (isinstance(value, float) and value == 0)
     ]
 
 
 def limits(model: DescribedModel, metrics: Mapping[str, Any], license: str | None) -> list[str]:
     """Where the model stops, as far as its folder and figures tell."""
-    found = []
+    sentences = []
     if model.limits:
         read = " and ".join(f"{count} characters of the {name}" for name, count in model.limits.items())
-        found.append(f"It reads at most {read}; the rest is cut off.")
+        sentences.append(f"It reads at most {read}; the rest is cut off.")
     if model.prompt_language:
         wording = {"zh": "Chinese", "en": "English"}.get(model.prompt_language, model.prompt_language)
-        found.append(f"The prompt around an item is {wording}; items in other languages were not looked at separately.")
+        sentences.append(
+            f"The prompt around an item is {wording}; items in other languages were not looked at separately."
+        )
     counts = metrics.get("counts", {})
     if not metrics:
-        found.append("Nothing was measured for this card: no metrics were given to the command that wrote it.")
+        sentences.append("Nothing was measured for this card: no metrics were given to the command that wrote it.")
     elif "train_pairs" in counts:
-        found.append(
+        sentences.append(
             f"Its figures hold for items like those it was trained on ({counts['train_pairs']:,} pairs) and measured on "
             f"({counts['eval_items']:,} items). Other catalogues need their own measurement."
         )
     for part, name in (("image", "picture"), ("text", "text")):
         if metrics and not any(key.startswith(f"{part}/") for key in metrics["after"]):
-            found.append(f"The {name} alone was not measured.")
+            sentences.append(f"The {name} alone was not measured.")
     if license is None:
-        found.append("No license was stated.")
-    return found
+        sentences.append("No license was stated.")
+    return sentences
 
 
 def copy_plots(plots: Sequence[str | Path], folder: Path) -> list[dict[str, str]]:

@@ -110,11 +110,13 @@ class Catalogue:
                 raise ShardError(f"{self.folder} has no {column}s; encode with --visual.")
             names = ["item_id", column, *(["has_image"] if column == VISUAL_EMBEDDING else [])]
             for rows in file.iter_batches(READ_ROWS, columns=names):
-                kept = rows.filter(rows.column("has_image")) if column == VISUAL_EMBEDDING else rows
-                flat = kept.column(column).flatten().to_numpy(zero_copy_only=False)
-                vectors = flat.astype(np.float32).reshape(len(kept), self.width) / np.float32(self.manifest["scale"])
-                if len(kept):
-                    yield Batch(kept.column("item_id"), vectors)
+                rows_with_vector = rows.filter(rows.column("has_image")) if column == VISUAL_EMBEDDING else rows
+                flat = rows_with_vector.column(column).flatten().to_numpy(zero_copy_only=False)
+                vectors = flat.astype(np.float32).reshape(len(rows_with_vector), self.width) / np.float32(
+                    self.manifest["scale"]
+                )
+                if len(rows_with_vector):
+                    yield Batch(rows_with_vector.column("item_id"), vectors)
 
 
 class _Titles:
@@ -140,8 +142,8 @@ def rows_of_ids(column: pa.ChunkedArray, item_ids: list[str]) -> list[int | None
     """Row of each id in a column; None for an id that is not there. One pass over the column for all of them."""
     matches = pc.index_in(column, value_set=pa.array(item_ids, pa.string()))
     rows = np.flatnonzero(pc.is_valid(matches).to_numpy())
-    found = {item_ids[match]: row for match, row in zip(matches.take(rows).to_pylist(), rows.tolist(), strict=True)}
-    return [found.get(item_id) for item_id in item_ids]
+    row_of = {item_ids[match]: row for match, row in zip(matches.take(rows).to_pylist(), rows.tolist(), strict=True)}
+    return [row_of.get(item_id) for item_id in item_ids]
 
 
 @contextlib.contextmanager

@@ -127,17 +127,21 @@ class ItemEncoder:
             known_rejects: rows among them that were left out before.
         """
         places, prepared = [], []
-        found: list[Reject] = []
+        new_rejects: list[Reject] = []
         for place, item in items:
             try:
                 opened, faults = _with_open_pictures(item)
-                found += map(place.rejected, faults)
+                new_rejects += map(place.rejected, faults)
                 prepared.append(self.processor(opened, padding=False))
                 places.append(place)
             except Exception as error:  # whatever it is, it is listed
-                found.append(place.rejected(_reason(error)))
-        rejects = sorted([*known_rejects, *found], key=lambda reject: reject.row) if found else list(known_rejects)
-        sizes = [(one["num_images"][0], len(one["input_ids"][0])) for one in prepared]
+                new_rejects.append(place.rejected(_reason(error)))
+        rejects = (
+            sorted([*known_rejects, *new_rejects], key=lambda reject: reject.row)
+            if new_rejects
+            else list(known_rejects)
+        )
+        sizes = [(inputs["num_images"][0], len(inputs["input_ids"][0])) for inputs in prepared]
         order = sorted(range(len(places)), key=lambda at: (sizes[at], at))
         batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
         return PreparedBlock(

@@ -39,7 +39,7 @@ class Index:
     """An index on the disk; made by `load`.
 
     Attributes:
-        settings: what index.json holds: kind, metric, width, items, embedding, parameters, model, hashes.
+        settings: what index.json holds: kind, metric, width, items, embedding, parameters, model, dtype, hashes.
         faiss_index: the index itself.
         ids: `item_id` and perhaps `title` of each of its rows.
     """

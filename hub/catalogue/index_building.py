@@ -83,6 +83,7 @@ def build_from(catalogue: Catalogue, arguments: BuildArguments) -> dict[str, Any
             "embedding": column,
             "parameters": parameters,
             "model": catalogue.manifest["job"]["model"],
+            "dtype": catalogue.manifest["job"]["settings"]["dtype"],
             "hashes": hashes_of(folder),
             "faiss": faiss.__version__,
         }

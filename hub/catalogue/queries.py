@@ -9,13 +9,15 @@ from hub.catalogue.catalogue import VISUAL_EMBEDDING
 from hub.catalogue.encoder import ItemEncoder, Place
 from hub.catalogue.encoding import describe_model, find_model, model_changes
 from hub.catalogue.index import Index
-from modeling_notellm2 import choose_precision
 from training.tables.columns import item_of
 from training.tables.texts import CellError
 
 
 def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto") -> np.ndarray:
     """Vector `(1, d)` of an item in a JSON file, by the model that encoded the index.
+
+    Args:
+        dtype: of the model's weights; "auto": that of the index's own vectors.
 
     Raises:
         ValueError: for a file that holds no item, an item that can't be encoded, or another model.
@@ -31,7 +33,7 @@ def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto"
     if changed := model_changes(known["files"], describe_model(folder)):
         raise ValueError(f"{folder} is not the model of this index: {', '.join(changed)} differs.")
     visual = index.settings["embedding"] == VISUAL_EMBEDDING
-    encoder = ItemEncoder(str(folder), choose_precision(dtype).name, visual=visual)
+    encoder = ItemEncoder(str(folder), index.settings["dtype"] if dtype == "auto" else dtype, visual=visual)
     try:
         item = item_of(raw, path.parent)
     except CellError as error:

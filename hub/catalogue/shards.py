@@ -240,14 +240,14 @@ def _is_good(path: Path, checksums: Mapping[str, str]) -> bool:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Entries of two nested dicts that are not equal; where model and table were found does not matter."""
-    found = []
+    differences = []
     for key in sorted({*old, *new} - {"source", "revision"}):
         before, now = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
-            found += _differences(before, now, f"{prefix}{key}.")
+            differences += _differences(before, now, f"{prefix}{key}.")
         elif before != now:
-            found.append(f"{prefix}{key} was {_short(before)}, now {_short(now)}")
-    return found
+            differences.append(f"{prefix}{key} was {_short(before)}, now {_short(now)}")
+    return differences
 
 
 def _short(value: Any) -> str:

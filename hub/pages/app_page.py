@@ -69,8 +69,8 @@ class App:
             return [], [], f"This item can't be searched with: {error}"
         hits = self.search.search(query, float(weight), int(k), leave_out=item_id or None)
         items = [self.search.item(hit.item_id) for hit in hits]
-        shown = [(picture_of(one), caption(hit, one)) for hit, one in zip(hits, items, strict=True)]
-        rows = [table_row(rank, hit, one) for rank, (hit, one) in enumerate(zip(hits, items, strict=True), 1)]
+        shown = [(picture_of(item), caption(hit, item)) for hit, item in zip(hits, items, strict=True)]
+        rows = [table_row(rank, hit, item) for rank, (hit, item) in enumerate(zip(hits, items, strict=True), 1)]
         return shown, rows, self._describe(item, query.visual is not None, weight)
 
     def load(self, item_id: str | None) -> tuple[Image.Image | None, str, str, str, str]:

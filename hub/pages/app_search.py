@@ -104,7 +104,7 @@ class ItemSearch:
         visual_index = self.visual_index
         if visual_index is not None and query.visual is not None:
             lists += [visual_index.search(query.visual[None], many)[0]]
-        ids = list({near.item_id for found in lists for near in found} - {leave_out})
+        ids = list({near.item_id for nearest in lists for near in nearest} - {leave_out})
         multimodal, rows = _similarities(self.index, query.embedding, ids)
         if visual_index is None or query.visual is None:
             visual, score = None, multimodal

@@ -103,13 +103,13 @@ def write_gallery(
     Raises:
         ItemError: for a shown item whose picture can't be read.
     """
-    found = {(query, at): nearest(view, query, k) for query in queries for at, view in enumerate(views)}
-    shown = sorted({near.position for row in found.values() for near in row})
+    neighbours = {(query, at): nearest(view, query, k) for query in queries for at, view in enumerate(views)}
+    shown = sorted({near.position for row in neighbours.values() for near in row})
     small = {
         position: _card(item_ids[position], load_item(position), SMALL, _at(labels, position))
         for position in tqdm(shown, desc="Pictures", unit="item")
     }
-    marks = {key: [_mark(key[0], near, labels, partners or {}) for near in row] for key, row in found.items()}
+    marks = {key: [_mark(key[0], near, labels, partners or {}) for near in row] for key, row in neighbours.items()}
     rows = [
         {
             "item": _card(item_ids[query], load_item(query), LARGE, _at(labels, query)),
@@ -117,9 +117,9 @@ def write_gallery(
                 {
                     "name": view.name,
                     "note": _note(view, query, marks[query, at], labels, label_name),
-                    "found": [
+                    "neighbours": [
                         {"item": small[near.position], "score": f"{near.score:.3f}", **mark}
-                        for near, mark in zip(found[query, at], marks[query, at], strict=True)
+                        for near, mark in zip(neighbours[query, at], marks[query, at], strict=True)
                     ],
                 }
                 for at, view in enumerate(views)

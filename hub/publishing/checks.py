@@ -116,8 +116,8 @@ def file_faults(files: Mapping[str, Path], folder: Path | None = None) -> list[F
     here = own_folders(folder)
     faults: list[Fault] = []
     for name, path in tqdm(sorted(files.items()), desc="Checking files", unit="file", leave=False):
-        found = [*_state_faults(name)] or [*_pickle_faults(name, path)]
-        faults += [*found, *_text_faults(name, path, here)]
+        weight_faults = [*_state_faults(name)] or [*_pickle_faults(name, path)]
+        faults += [*weight_faults, *_text_faults(name, path, here)]
     return faults
 
 
@@ -155,7 +155,7 @@ def _pickle_faults(name: str, path: Path) -> Iterator[Fault]:
         yield Fault(name, "a pickle by its content", remedy)
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            inside = [one for one in archive.namelist() if one.endswith((".pkl", ".pickle", ".pt", ".bin"))]
+            inside = [member for member in archive.namelist() if member.endswith((".pkl", ".pickle", ".pt", ".bin"))]
         if inside:
             yield Fault(name, f"an archive with the pickle {inside[0]}", remedy)
 
@@ -173,5 +173,5 @@ def _text_faults(name: str, path: Path, here: re.Pattern[bytes]) -> Iterator[Fau
     match = here.search(content) or (None if path.name in VOCABULARIES else LOCAL_PATH.search(content))
     if match:
         line = content.count(b"\n", 0, match.start()) + 1
-        found = match[0].decode(errors="replace")
-        yield Fault(name, f"line {line}: a path of this machine, {found}", "Write a Hub id or a relative path.")
+        local_path = match[0].decode(errors="replace")
+        yield Fault(name, f"line {line}: a path of this machine, {local_path}", "Write a Hub id or a relative path.")

@@ -160,7 +160,7 @@ def write_items(
                 if item["image"] or not faults:
                     published.append(position)
                     rows.append(items.table.row(int(items.rows[position]), own) | item)
-            for *_, reject in sorted(lost, key=lambda one: one[:2]):
+            for *_, reject in sorted(lost, key=lambda place: place[:2]):
                 listed.add(reject)
             written.rejects += len(lost)
             yield from rows
@@ -237,7 +237,7 @@ def published_pair(values: Row, known: np.ndarray) -> Row:
         ValueError: for a row that names an item that isn't published, or has a score that is not a number.
     """
     if unknown := [values[name] for name, is_known in zip(PAIR_IDS, known, strict=True) if not is_known]:
-        raise ValueError(f"no published item {', '.join(repr(one or '') for one in unknown)}")
+        raise ValueError(f"no published item {', '.join(repr(item_id or '') for item_id in unknown)}")
     score = {"score": None if values["score"] in (None, "") else float(values["score"])} if "score" in values else {}
     return {**values, **score}
 

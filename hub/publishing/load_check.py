@@ -41,8 +41,8 @@ def embed():
 def encode():
     from sentence_transformers import SentenceTransformer
 
-    found = SentenceTransformer(folder, trust_remote_code=True, device="cpu").encode(items, convert_to_tensor=True)
-    assert torch.allclose(found.float(), embeddings, atol=1e-2), "sentence-transformers gives other embeddings"
+    from_st = SentenceTransformer(folder, trust_remote_code=True, device="cpu").encode(items, convert_to_tensor=True)
+    assert torch.allclose(from_st.float(), embeddings, atol=1e-2), "sentence-transformers gives other embeddings"
 
 folder, with_sentence_transformers = sys.argv[1], sys.argv[2] == "True"
 items = [{"title": "red", "image": Image.new("RGB", (64, 48), "red")}, "a text alone"]

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedModel
 from transformers.utils import logging
 
 from modeling_notellm2 import NoteLLM2Model
-from modeling_notellm2.vision_notellm2 import _probe_inputs, vision_features
+from modeling_notellm2.vision_notellm2 import vision_features
+from modeling_notellm2.vision_probe_notellm2 import probe_inputs
 from tests.support.family_checks import VISION_SECTION
 from tests.support.vision_families import encoder_types, tiny_config, tiny_encoder, tower_types
 
@@ -77,7 +78,7 @@ def join(encoder: PreTrainedModel | str) -> NoteLLM2Model:
 
 def pictures(encoder: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Three random pictures as the encoder takes them; of different sizes where it takes such."""
-    for pixels, sizes in _probe_inputs(encoder, inspect.signature(encoder.forward).parameters):
+    for pixels, sizes in probe_inputs(encoder, inspect.signature(encoder.forward).parameters):
         try:
             with torch.no_grad():
                 vision_features(encoder, pixels, -1, sizes)

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from modeling_notellm2.towers_notellm2 import TOWER_CONFIGS, build_vision_encoder
-from modeling_notellm2.vision_notellm2 import check_inputs
+from modeling_notellm2.vision_probe_notellm2 import check_inputs
 
 
 SMALL: dict[str, Any] = {

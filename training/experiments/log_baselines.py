@@ -60,7 +60,7 @@ def measure_embeddings(
     Raises:
         ValueError: when no pair can be used; see `rank_targets`.
     """
-    results = {name: rank_targets(one, item_ids, pairs) for name, one in embeddings.items()}
+    results = {name: rank_targets(vectors, item_ids, pairs) for name, vectors in embeddings.items()}
     first = next(iter(results.values()))
     random = {f"recall@{k}": first.expected_recall(k) for k in RECALL_AT}
     report: dict[str, dict[str, float]] = {

@@ -68,7 +68,8 @@ def write_shards(vectors: np.ndarray, folder: Path, per_shard: int = 5000, embed
         path = folder / f"shard-{number:05d}.parquet"
         pq.write_table(pa.table({"item_id": ids, "embedding": embeddings_array(part, embedding_type)}), path)
         shards[path.name] = {"items": len(part), "rejects": 0, "sha256": file_sha256(path)}
-    job = {"model": {"source": "made up", "revision": None, "files": {}}}
+    model = {"source": "made up", "revision": None, "files": {}}
+    job = {"model": model, "settings": {"dtype": "float32"}}
     counts = {"items": len(vectors)}
     scale = 127 if embedding_type == "int8" else 1
     manifest = {"complete": True, "job": job, "width": vectors.shape[1], "scale": scale, "counts": counts}
@@ -262,7 +263,7 @@ def test_commands(encoded, table, tmp_path, monkeypatch, capsys):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "nine.png").write_bytes(png(9))
     (tmp_path / "item.json").write_text(json.dumps({**item, "image": "pictures/nine.png"}))
-    options = ("--item", tmp_path / "item.json", "-k", 1, "--dtype", "float32")  # as the catalogue was encoded
+    options = ("--item", tmp_path / "item.json", "-k", 1)
     printed = run(monkeypatch, capsys, "search", "--index", output, *options)
     assert "│ 1 │ 1.0000 │ n9 " in printed
     (tmp_path / "item.json").write_text(json.dumps({"image": "pictures/none.png"}))

@@ -1,0 +1,50 @@
+"""What is new between the backbones: the projector into the LLM, and the gate that fuses the picture into an embedding."""
+
+import torch
+from torch import nn
+
+from .configuration_notellm2 import NoteLLM2Config
+
+
+class NoteLLM2Projector(nn.Module):
+    """Q-Former width to the width of the LLM's token embeddings: Linear, GELU, Linear (paper, section 3.2)."""
+
+    def __init__(self, config: NoteLLM2Config, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.qformer_config.hidden_size, width)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(hidden_states)))
+
+
+class NoteLLM2LateFusion(nn.Module):
+    """Gates the vision encoder's summary feature into an embedding (paper, section 3.4).
+
+    `v = W_v s`; `g = sigmoid(W_g [h ; v])`; `h' = g * h + (1 - g) * v`, element by element, without biases. One gate and
+    one projection serve both embeddings.
+    """
+
+    def __init__(self, config: NoteLLM2Config):
+        super().__init__()
+        assert config.vision_hidden_size is not None
+        width = config.text_width
+        self.projection = nn.Linear(config.vision_hidden_size, width, bias=False)
+        self.gate = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, hidden: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
+        visual = self.projection(summary)
+        gate = torch.sigmoid(self.gate(torch.cat([hidden, visual], dim=-1)))
+        return gate * hidden + (1 - gate) * visual
+
+
+def mean_of_images(pooled: torch.Tensor, num_images: torch.Tensor) -> torch.Tensor:
+    """Mean of the summary features `(images, vision width)` of each item's images, `(n, vision width)`; zeros without one."""
+    num_images = num_images.to(pooled.device)
+    owner = torch.arange(len(num_images), device=pooled.device).repeat_interleave(num_images)
+    total = pooled.new_zeros(len(num_images), pooled.shape[-1]).index_add(0, owner, pooled[: len(owner)])
+    return total / num_images.clamp(min=1).unsqueeze(-1).to(pooled.dtype)
+
+
+__all__ = ["NoteLLM2LateFusion", "NoteLLM2Projector", "mean_of_images"]

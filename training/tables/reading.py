@@ -5,7 +5,10 @@ Opening a table copies it, streamed, into one Arrow file in the cache of `datase
 table's files: a table that has changed is copied anew, an unchanged one is only mapped. Memory is that of a block.
 """
 
+import contextlib
 import json
+import os
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +35,8 @@ PART, FAULT = "__part__", "__fault__"
 """Columns of a copy beside the table's: number of the file or split, and why the row can't be read (null: it can)."""
 FORMAT = 1
 """Of the copy; with another one, old copies aren't used."""
+DAYS_KEPT = 30
+"""Days after which a copy goes that nobody has opened since."""
 
 
 @dataclass
@@ -212,14 +217,25 @@ def open_table(source: str, split: str | None = None, encoding: str | None = Non
     files = {part.name: part.sha256() for part in tqdm(parts, desc="Hashing", unit="file", disable=len(parts) < 20)}
     described = json.dumps([FORMAT, encoding, [[name, digest, _kind(name)] for name, digest in files.items()]])
     copy = cache_folder() / f"{blake2b(described.encode(), digest_size=16).hexdigest()}.arrow"
-    if not copy.exists():
+    if copy.exists():
+        os.utime(copy)  # a copy in use stays
+    else:
         _write_copy(parts, copy, source)
+        _remove_unused(copy.parent)
     table = Table(source, split, encoding, copy, [part.name for part in parts], [part.folder for part in parts], files)
     if not len(table):
         raise TableError(f"{source}: no usable row: it is empty.")
     if not table.column_names and (first := table.unreadable(())[1].first()):  # JSON lines without a single object
         raise TableError(f"{source}: none of {len(table)} rows is usable; the first: {first.reason}.")
     return table
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the copies of tables that nobody has opened for `DAYS_KEPT` days; who has one mapped keeps it."""
+    for copy in folder.glob("*.arrow"):
+        with contextlib.suppress(OSError):  # another process was quicker, or it is another user's
+            if copy.stat().st_mtime < time.time() - DAYS_KEPT * 86_400:
+                copy.unlink()
 
 
 def _kind(name: str) -> str:

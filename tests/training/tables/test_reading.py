@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,6 +57,22 @@ def test_any_range_is_that_range_of_the_whole_and_copies_travel(tmp_path):
         other.table.copy.unlink()  # as on another machine, which makes its own
         assert pickle.loads(pickle.dumps(other))[7] == items[7]
     assert table.place(399) == ("a.parquet", 399) and table.place(400) == ("b.parquet", 0)
+
+
+def test_copies_that_nobody_opens_go(tmp_path):
+    tables = [str(tmp_path / f"{name}.csv") for name in "abc"]
+    for table in tables:
+        Path(table).write_text(f"item_id,title\n{Path(table).stem},x\n")
+    first, second = [open_table(table).copy for table in tables[:2]]
+    long_ago = time.time() - 31 * 86_400
+    for copy in (first, second):
+        os.utime(copy, (long_ago, long_ago))
+    unused = open_table(tables[1])  # opened again: it is in use
+    third = open_table(tables[2]).copy
+    assert [copy.exists() for copy in (first, second, third)] == [False, True, True]
+    second.unlink()
+    assert unused.row(0, ["title"]) == {"title": "x"}  # what is mapped stays
+    assert open_table(tables[0]).row(0, ["item_id"]) == {"item_id": "a"}  # and is copied anew
 
 
 def test_many_threads_and_forked_processes_read_their_own_rows(tmp_path):

@@ -25,6 +25,7 @@ from hub.publishing.dataset import DataDetails, prepare_dataset
 from hub.publishing.model import ModelDetails, prepare_model
 from hub.publishing.sending import Destination, Publication, listing, push
 from hub.publishing.space import SpaceDetails, prepare_space
+from training.tables.commands.files import scratch_folder
 from training.tables.commands.handler import DONE, FAILED, command, parse, plain_console
 from training.tables.commands.options import encoding_option, split_option
 from training.tables.commands.outputs import Output, claimed
@@ -114,8 +115,8 @@ def publish(arguments: PublishArguments, console: Console) -> None:
     destination = Destination(
         arguments.repo, arguments.private, arguments.revision, arguments.create_pr, arguments.commit_message
     )
-    with tempfile.TemporaryDirectory() as staging:
-        publication = prepare(arguments, Path(staging))
+    with scratch_folder(Path(tempfile.gettempdir()), "publish") as staging:
+        publication = prepare(arguments, staging)
         console.print(listing(publication, destination))
         if arguments.dry_run:
             console.print("Dry run: nothing was sent.")

@@ -15,6 +15,8 @@ import pytest
 from tests.support.jobs import JOBS, files_of, prepare, result_of, run_job, strangers_of
 
 
+DISK = [pytest.param(name, marks=pytest.mark.nightly) if name == "publish_model" else name for name in JOBS]
+"""publish_model takes long: it loads the model in another process."""
 SMALL = 1_000
 """Bytes that a file may grow to: less than every job writes."""
 
@@ -51,7 +53,7 @@ def limit_files(most: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", DISK)
 def test_a_disk_that_runs_full(name, processes, inputs, undisturbed, tmp_path):
     """There is room for half of what the job writes."""
     finished, result = undisturbed(name)
@@ -69,7 +71,7 @@ def test_a_disk_that_runs_full(name, processes, inputs, undisturbed, tmp_path):
         check_same(result_of(name, tmp_path), result)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", DISK)
 def test_files_that_may_not_grow(name, processes, inputs, undisturbed, tmp_path):
     _, result = undisturbed(name)
     prepare(name, inputs, tmp_path)

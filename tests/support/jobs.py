@@ -1,6 +1,7 @@
 """Every command that writes, as a small job of a second, run in a process of its own with whatever shall go wrong there."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -49,7 +50,7 @@ class Job:
 
 TRAIN = (
     "--model INPUTS/model --items INPUTS/items.parquet --train_pairs INPUTS/pairs.jsonl --eval_pairs INPUTS/pairs.jsonl "
-    "--output_dir PLACE/run --use_cpu --dtype float32 --max_steps 4 --per_device_train_batch_size 2 --report_to none "
+    "--output_dir PLACE/run --use_cpu --dtype float32 --max_steps 3 --per_device_train_batch_size 2 --report_to none "
     "--save_strategy steps --save_steps 1 --save_total_limit 2 --resume_from_checkpoint true --logging_steps 1"
 )
 JOBS = {
@@ -174,24 +175,27 @@ def files_of(place: Path) -> list[str]:
 
 
 def run_job(
-    processes, name: str, inputs: Path, place: Path, arrange: Callable[[], object] | None = None
+    processes, name: str, inputs: Path, place: Path, arrange: Callable[[], object] | None = None, more: str = ""
 ) -> tuple[int | None, list[str]]:
     """Exit code and lines on stderr of a job.
 
     Args:
         processes: the fixture.
         arrange: called in the job's process before it begins.
+        more: options that count in place of the job's own.
     """
-    child, errors = start_job(processes, name, inputs, place, arrange)
+    child, errors = start_job(processes, name, inputs, place, arrange, more)
     lines = read_lines(errors)
     child.join()
     return child.exitcode, lines
 
 
-def start_job(processes, name: str, inputs: Path, place: Path, arrange: Callable[[], object] | None = None):
+def start_job(
+    processes, name: str, inputs: Path, place: Path, arrange: Callable[[], object] | None = None, more: str = ""
+):
     """A job's process, started, and the end of the pipe that gives its stderr."""
     reader, writer = processes.Pipe(duplex=False)
-    child = processes.Process(target=_run, args=(name, inputs, place, writer, arrange))
+    child = processes.Process(target=_run, args=(name, inputs, place, writer, arrange, more))
     child.start()
     writer.close()
     return child, reader
@@ -203,15 +207,31 @@ def read_lines(errors: Connection) -> list[str]:
         return stream.read().replace("\r", "\n").splitlines()
 
 
-def _run(name: str, inputs: Path, place: Path, errors: Connection, arrange: Callable[[], object] | None) -> None:
+def _run(
+    name: str, inputs: Path, place: Path, errors: Connection, arrange: Callable[[], object] | None, more: str
+) -> None:
     os.dup2(errors.fileno(), 2)
     errors.close()
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that a shell has started
     tempfile.tempdir = str(place) if place.is_dir() else None
     if arrange is not None:
         arrange()
-    sys.exit(JOBS[name].main(options_of(name, inputs, place)))
+    sys.exit(JOBS[name].main([*options_of(name, inputs, place), *more.split()]))
+
+
+def workers_of(process: int) -> list[int]:
+    """Ids of the processes that a process has forked and that are there; programs that it has started are none."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(child) for child in children if _command_of(child) == _command_of(process)]
+
+
+def _command_of(process: int | str) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:  # it has just ended
+        return ""
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:

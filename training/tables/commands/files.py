@@ -140,8 +140,10 @@ def _exchange(one: Path, other: Path) -> bool:
 def _remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left; an old folder that was moved away for a new one that never came goes back."""
     for partial in (path for path in folder.glob(".*.partial") if PARTIAL.fullmatch(path.name)):
-        # It stays where its process lives, has just removed it itself, or is another user's.
+        # It stays where its process lives, has just removed it itself, or is another user's, as in /tmp.
         with contextlib.suppress(OSError), (partial / LOCK).open("r+") as lock:
+            if os.fstat(lock.fileno()).st_uid != os.getuid():
+                continue
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for old in (partial / OLD).glob("*"):
                 if not (folder / old.name).exists():

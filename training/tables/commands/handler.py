@@ -213,7 +213,9 @@ def describe(error: BaseException) -> str:
     """Give an error as one line: what is wrong, with which file, and what to do where that is known."""
     message = _in_one_line(str(error))
     remedy = next((remedy for text, remedy in REMEDIES_BY_TEXT.items() if text in message), None)
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, EOFError | ConnectionError) and _raised_in("torch.multiprocessing", error):
+        message, remedy = "a batch did not arrive", REMEDIES_BY_TEXT["is killed by signal"]
+    elif isinstance(error, OSError) and error.errno is not None:
         remedy = REMEDIES.get(error.errno, remedy)
         name = error.filename2 or error.filename  # of two, the second is written
         if name is not None:
@@ -226,6 +228,12 @@ def describe(error: BaseException) -> str:
     if len(message) > LONGEST_MESSAGE:
         message = f"{message[:LONGEST_MESSAGE]}... ({TRACEBACK} shows all)"
     return f"{message.rstrip('.')}. {remedy}" if remedy and remedy not in message else message or type(error).__name__
+
+
+def _raised_in(package: str, error: BaseException) -> bool:
+    """Whether an error came through a package's code, as one of a process that shares tensors and is gone."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith(package) for name in modules)
 
 
 @contextmanager

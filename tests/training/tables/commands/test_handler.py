@@ -2,6 +2,7 @@
 
 import errno
 import io
+import multiprocessing
 import os
 import re
 import signal
@@ -199,3 +200,22 @@ def test_text_is_text():
     console.print("Report: runs/[/x]/report.html")
     printed = console.file.getvalue()
     assert all(text in printed for text in ("a [/x] b", "[bold]", ":smile: [/red]", "runs/[/x]/report.html"))
+
+
+class _Numbers(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        return torch.tensor(position)
+
+
+def test_a_worker_that_was_killed_with_a_batch_in_its_hands():
+    """The batch is announced and its memory can't be fetched: the error speaks of a connection."""
+    batches = iter(DataLoader(_Numbers(), batch_size=2, num_workers=1))
+    time.sleep(1)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises((ConnectionError, EOFError, RuntimeError)) as caught:
+        list(batches)
+    assert "A worker process" in describe(caught.value) and "use fewer --num_workers" in describe(caught.value)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from rich.table import Table
 from safetensors import safe_open
+from torch.utils.data import DataLoader, Dataset
 
 from training.tables.commands.handler import (
     DONE_WITH_REJECTS,

@@ -33,7 +33,7 @@ from training.tables.validate import validate
 from training.trainer.adapters import load_trainable
 from training.trainer.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
 from training.trainer.checkpoints import checkpoint_to_resume
-from training.trainer.distributed import agreed, once_per_machine
+from training.trainer.distributed import agreed, join_restarted, once_per_machine
 from training.trainer.preparation import make_trainer, vision_features
 from training.trainer.saving import OF_ONE_MODEL, save_model
 from training.trainer.stopping import stoppable
@@ -122,6 +122,7 @@ def check_tables(tables: DataArguments, arguments: NoteLLM2TrainingArguments) ->
 @command("training/run.py")
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
+    join_restarted()
     model, tables, arguments = parse(sys.argv[1:] if options is None else options)
     if tables.validate_only:
         with held(model, tables, arguments, ("rejects.jsonl",)):

@@ -29,6 +29,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def join_restarted() -> None:
+    """Let processes that torchrun has started again after a death find each other.
+
+    torchrun hands them the store of the attempt before, where gloo and NCCL would read the addresses of processes that are
+    gone. So each further attempt has names of its own in it. The first one is left to accelerate.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+    dist.init_process_group(store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=size)
+
+
 def row_counts(count: int, device: torch.device) -> list[int]:
     """Every process's number of rows, in rank order; this one has `count`."""
     if world_size() == 1:

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.training.trainer.test_trainer import QUIET, ROOT, command, finish, options  # noqa: F401 (a fixture)
+from tests.support.training_runs import QUIET, ROOT, command, finish
 from training.trainer.checkpoints import newest_checkpoint
 
 
@@ -37,7 +37,7 @@ SETTINGS = {"max_steps": 500, "save_steps": 1000, "logging_steps": 1, "dataloade
 
 
 @pytest.mark.slow
-def test_sigterm_leaves_a_checkpoint(options, tmp_path):  # noqa: F811
+def test_sigterm_leaves_a_checkpoint(options, tmp_path):
     output = tmp_path / "run"
     arguments = options(output_dir=output, save_strategy="steps", **SETTINGS)
     code, lines = stopped(arguments, signal.SIGTERM)
@@ -55,7 +55,7 @@ def test_sigterm_leaves_a_checkpoint(options, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_at_once(options, tmp_path):  # noqa: F811
+def test_ctrl_c_ends_at_once(options, tmp_path):
     code, lines = stopped(options(output_dir=tmp_path / "run", save_strategy="no", **SETTINGS), signal.SIGINT)
     assert code == 130
     assert lines[-1].startswith("training/run.py: stopped. There is no checkpoint")

@@ -1,15 +1,11 @@
-"""Runs that are killed, damaged, spread over processes or wrapped in adapters end as a plain run would."""
+"""Runs that are killed, damaged, or wrapped in adapters end as a plain run would."""
 
-import json
 import os
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from tests.support.models import QFORMER, make_model
+from tests.support.training_runs import CONFIGS, QUIET, ROOT, command, equal_weights, finish, weights
 from training.batches.collators import ItemCollator, PairCollator, PairDataset
 from training.batches.data import load_data
 from training.batches.false_negatives import FalseNegatives
@@ -29,60 +25,6 @@ from training.trainer.adapters import load_trainable
 from training.trainer.arguments import ModelArguments, NoteLLM2TrainingArguments, parse
 from training.trainer.checkpoints import checkpoint_to_resume, mark_whole, newest_checkpoint
 from training.trainer.trainer import NoteLLM2Trainer
-
-
-ROOT = Path(__file__).parents[3]
-CONFIGS = ROOT / "training" / "configs"
-QUIET = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-@pytest.fixture
-def options(coloured_tables, tiny_model_folder, tmp_path):
-    """Command line options of a short run on the coloured items, without config."""
-    settings = {
-        "model": tiny_model_folder,
-        "items": coloured_tables / "items.parquet",
-        "train_pairs": coloured_tables / "train.jsonl",
-        "output_dir": tmp_path / "run",
-        "vision_cache_dir": tmp_path / "vision",
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "dtype": "float32",
-        "report_to": "none",
-        "distinct_column": "colour",
-        "dataloader_num_workers": 0,
-    }
-    return lambda **changes: [word for k, v in (settings | changes).items() for word in (f"--{k}", *_words(v))]
-
-
-def _words(value):
-    return [str(one) for one in (value if isinstance(value, list) else [value])]
-
-
-def command(arguments, config=None, processes=1):
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    return [*launcher, "training/run.py", *([str(CONFIGS / config)] if config else []), *arguments]
-
-
-def finish(arguments, **settings):
-    done = subprocess.run(
-        command(arguments, **settings), cwd=ROOT, env={**os.environ, **QUIET}, capture_output=True, text=True
-    )
-    assert done.returncode in (0, 3), done.stderr[-3000:]  # one process says that the tables have rejects
-    return done
-
-
-def weights(folder):
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def equal_weights(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.slow
@@ -109,103 +51,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(options, tmp_path):
     assert "is damaged (optimizer.pt has changed): the checkpoint before it is used." in done.stderr
     assert f"Going on from {newest_checkpoint(killed).parent}" in done.stderr
     assert equal_weights(weights(whole), weights(killed))
-
-
-@pytest.mark.slow
-def test_processes_and_chunks_train_as_one_process_on_the_joined_batch(options, tmp_path):
-    """Two processes with half the pairs each, embedded in chunks: the same losses and weights but for rounding."""
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # dropout would differ by design
-    model, processor = make_model(qformer_config={**QFORMER, **still})
-    model.save_pretrained(tmp_path / "still")
-    processor.save_pretrained(tmp_path / "still")
-    shared = {"model": tmp_path / "still", "optim": "sgd", "learning_rate": 0.1, "connector_learning_rate": 0.1}
-    one = run(*parse(options(output_dir=tmp_path / "one", per_device_train_batch_size=6, **shared)))
-    arguments = options(output_dir=tmp_path / "two", per_device_train_batch_size=3, chunk_size=4, **shared)
-    finish([*arguments, "--ddp_backend", "gloo"], processes=2)
-    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    losses, joined = ([line["multimodal_loss"] for line in report["log"] if "loss" in line] for report in (one, two))
-    assert joined == pytest.approx(losses, rel=1e-4)
-    start, single, spread = (
-        load_file(tmp_path / "still" / "model.safetensors"),
-        *map(weights, (tmp_path / "one", tmp_path / "two")),
-    )
-    assert sum(not torch.equal(start[name], single[name]) for name in start) > 20
-    for name in single:
-        torch.testing.assert_close(
-            single[name], spread[name], atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
-        )
-
-
-def _start(options):
-    arguments = options()
-    return load_file(Path(arguments[arguments.index("--model") + 1]) / "model.safetensors")
-
-
-@pytest.mark.slow
-def test_a_config_runs_with_two_processes(options, coloured_tables, tmp_path):
-    changes = {"eval_pairs": coloured_tables / "test.jsonl", "eval_split": "test", "save_strategy": "steps"}
-    changes |= {"save_steps": 2, "max_steps": 2, "per_device_train_batch_size": 3, "ddp_backend": "gloo"}
-    changes |= {"merge_adapter": True, "dataloader_num_workers": 1, "train_sampling_strategy": "group_by_length"}
-    done = finish(options(**changes), config="cpu.yaml", processes=2)
-    assert "after: both" in done.stdout
-    trained = AutoModel.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True)
-    start = _start(options)
-    assert not torch.equal(trained.reduction.weight, start["reduction.weight"])
-    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-2"
-
-
-def _worker_with_rank(agent: int, rank: int) -> int:
-    """Process id of the agent's worker of this rank."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == agent and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                return int(entry.name)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    raise AssertionError(f"no worker with rank {rank}")
-
-
-@pytest.mark.slow
-def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(options, tmp_path):
-    """FSDP2 on two processes; what torchrun says names the rank, and a whole checkpoint is left."""
-    changes = {
-        "max_steps": 400,
-        "per_device_train_batch_size": 3,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "save_total_limit": 2,
-        "logging_steps": 50,
-    }
-    changes |= {"fsdp": "full_shard", "resume_from_checkpoint": "true", "ddp_backend": "gloo", "dtype": "float32"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [*launcher, "training/run.py", *options(**changes)]
-    log = tmp_path / "log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(arguments, cwd=ROOT, env={**os.environ, **QUIET}, stdout=stream, stderr=stream)
-        try:
-            step = _killed_after(process, tmp_path / "run", 2)
-            ended = time.monotonic()
-            assert process.wait(timeout=60) != 0
-        finally:
-            process.kill()
-    assert time.monotonic() - ended < 60
-    assert int(newest_checkpoint(tmp_path / "run").name.split("-")[1]) >= step
-    said = log.read_text()
-    assert re.search(r"rank\s*: 1 \(local_rank: 1\)", said), said[-3000:]
-    assert "Signal 9 (SIGKILL)" in said
-
-
-def _killed_after(process: subprocess.Popen, run_folder: Path, step: int) -> int:
-    """Kill rank 1 as soon as a whole checkpoint of this step or a later one is there; that checkpoint's step."""
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        steps = [int(path.parent.name.split("-")[1]) for path in run_folder.glob("checkpoint-*/files.json")]
-        if max(steps, default=0) >= step:
-            os.kill(_worker_with_rank(process.pid, 1), signal.SIGKILL)
-            return max(steps)
-        time.sleep(0.1)
-    raise AssertionError(f"no whole checkpoint of step {step}")
 
 
 def test_a_restart_after_the_last_step_trains_none_and_reports_the_whole_runs_loss(options, tmp_path):

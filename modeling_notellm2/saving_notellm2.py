@@ -1,4 +1,4 @@
-"""What makes a saved folder a sentence-transformers model as well: which module class reads it, and how it compares.
+"""What makes a saved folder a sentence-transformers model as well: which module class reads it, what, and how it compares.
 
 Needs the standard library alone, so that models are saved alike where sentence-transformers is not installed.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .sentence_transformers_notellm2 import NoteLLM2ItemEncoder  # noqa: F401
 
 ITEM_ENCODER = "sentence_transformers_notellm2.NoteLLM2ItemEncoder"
+OUTPUT = {"method": "forward", "method_output_name": "sentence_embedding"}
 FILES: dict[str, Any] = {
     "modules.json": [{"idx": 0, "name": "0", "path": "", "type": ITEM_ENCODER}],
     "config_sentence_transformers.json": {
@@ -22,11 +23,17 @@ FILES: dict[str, Any] = {
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
     },
+    # sentence-transformers reads it for its own Transformer module alone. By it mteb knows that a model of the Hub reads
+    # pictures: without, it drops them and scores the texts.
+    "sentence_bert_config.json": {
+        "modality_config": {"text": OUTPUT, "image": OUTPUT},
+        "module_output_name": "sentence_embedding",
+    },
 }
 
 
 def write_sentence_transformers_files(folder: str | os.PathLike) -> None:
-    """Writes modules.json and config_sentence_transformers.json where they are missing.
+    """Writes modules.json and the two configs where they are missing.
 
     Those that sentence-transformers wrote stay: they may hold prompts, a `truncate_dim` or further modules.
     """

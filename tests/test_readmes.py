@@ -12,7 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.support.models import make_backbones, make_image_processor, make_tokenizer
+from tests.support.models import (
+    make_backbones,
+    make_image_processor,
+    make_tokenizer,
+    save_dual_encoder,
+    save_text_model,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +27,8 @@ READMES = ["README.md", "training/README.md", "hub/README.md"]
 STAND_INS = {
     "Qwen/Qwen3-0.6B": "backbones/text",
     "google/siglip2-base-patch16-224": "backbones/vision",
+    "sentence-transformers/all-MiniLM-L6-v2": "others/texts",
+    "openai/clip-vit-base-patch32": "others/clip",
     "ORG/NAME": "org/readme",
     "ITEMS": "items.parquet",
     "PAIRS": "pairs.parquet",
@@ -40,6 +48,8 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("ORG/BASE", "ORG/DATA", "ORG/APP"), "it sends to the Hub: tests/hub/publishing/test_publish_others.py"
     ),
+    "hub/mteb_task.py": "it needs mteb: tests/hub/benchmark/test_mteb_task.py",
+    "import mteb": "it downloads a task: tests/hub/benchmark/test_mteb_task.py",
     "qdrant_client": "it needs a server",
     "pymilvus": "it needs a server",
     "runs/movielens/data": "it needs the packaged log: tests/training/mining/test_mining.py",
@@ -104,6 +114,8 @@ def clone(tmp_path, tiny_model_folder):
     make_image_processor().save_pretrained(folder / "backbones" / "vision")
     text.save_pretrained(folder / "backbones" / "text")
     make_tokenizer().save_pretrained(folder / "backbones" / "text")
+    save_text_model(folder / "others" / "texts")
+    save_dual_encoder("clip", folder / "others" / "clip")
     return folder
 
 

@@ -1,4 +1,7 @@
-"""Measure a model on pairs: `python training/evaluate.py --model PATH --items ITEMS --pairs PAIRS --output DIR`.
+"""Measure models on pairs: `python training/evaluate.py --model PATH --items ITEMS --pairs PAIRS --output DIR`.
+
+Any Sentence Transformers model and any dual encoder (CLIP, SigLIP) is measured as NoteLLM-2 is. `--compare A B C` sets others
+beside the model, or beside the first of them.
 
 Writes DIR/evaluation.json, DIR/evaluation.md (the same as tables), DIR/plots/*.png and DIR/rejects.jsonl (rows that were
 left out, with the reason). `training.evaluation.evidence` has its schema, and `evaluate_model` for Python callers.
@@ -12,18 +15,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModel, AutoProcessor
-
 from modeling_notellm2 import choose_precision
-from training.evaluation.evidence import MeasureOptions, evaluate_model, write_results
+from training.batches.collators import drop_repeated_lines
+from training.evaluation.embedders import Loading, open_embedder
+from training.evaluation.evidence import evaluate_model, write_results
+from training.evaluation.measuring import MeasureOptions
 from training.evaluation.slices import count_in_pairs
 from training.reporting.evaluation_plots import EVALUATION
 from training.reporting.evaluation_tables import show
 from training.tables.commands.bounds import AtLeastOne, NotNegative, check_bounds
 from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command, parse
 from training.tables.commands.hashes import weights_of
-from training.tables.commands.model_folder import loading
 from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
 from training.tables.commands.outputs import Output, claimed
 from training.tables.items import load_items
@@ -38,11 +40,28 @@ WRITTEN = ("rejects.jsonl", *EVALUATION)
 class EvaluateArguments:
     """Which model is measured on which tables."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a NoteLLM-2 model with its processor."})
     items: str = field(metadata={"help": "Item table."})
     pairs: str = field(metadata={"help": "Pair table to measure on."})
     output: str = field(metadata={"help": "Folder for evaluation.json, evaluation.md, plots and rejects.jsonl."})
-    compare: str | None = field(default=None, metadata={"help": "Another model, measured on the same queries."})
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a NoteLLM-2 model, a Sentence Transformers model, or a dual encoder such as CLIP."
+        },
+    )
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Models of any of these kinds, measured on the same queries; without --model, the first counts."
+        },
+    )
+    prompt_name: str | None = field(
+        default=None,
+        metadata={"help": "Prompt of models of others, e.g. query; none: each one's default, if it has one."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with models of others; NoteLLM-2's always runs."}
+    )
     split: str | None = split_option()
     encoding: str | None = encoding_option()
     eval_split: str | None = field(
@@ -61,11 +80,18 @@ class EvaluateArguments:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if not self.models:
+            raise ValueError("pass --model, --compare, or both")
+
+    @property
+    def models(self) -> list[str]:
+        """All to measure, the one that counts first."""
+        return [*([self.model] if self.model else []), *self.compare]
 
 
 def run(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]:
     """The whole job; returns what evaluation.json holds."""
-    inputs = (arguments.model, arguments.compare, arguments.items, arguments.pairs, arguments.train_pairs)
+    inputs = (*arguments.models, arguments.items, arguments.pairs, arguments.train_pairs)
     with claimed([Output("--output", Path(arguments.output), WRITTEN)], inputs):
         return evaluate(arguments, options)
 
@@ -91,40 +117,39 @@ def evaluate(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str,
 
     precision = choose_precision(arguments.dtype, arguments.device)
     print(f"Precision: {precision}")
+    how = Loading(
+        arguments.device,
+        precision.dtype,
+        arguments.batch_size,
+        arguments.num_workers,
+        arguments.prompt_name,
+        arguments.trust_remote_code,
+        output / "rejects.jsonl",
+    )
+    first, *others = arguments.models
     figures = evaluate_model(
-        *_load(arguments.model, arguments.device, precision.dtype),
+        open_embedder(first, how),
         items,
         table.pairs,
         options,
-        other=_load(arguments.compare, arguments.device, precision.dtype) if arguments.compare else None,
+        others=(open_embedder(name, how) for name in others),
         labels=labels,
         popularity=popularity,
-        batch_size=arguments.batch_size,
-        num_workers=arguments.num_workers,
-        rejects=output / "rejects.jsonl",
     )
-    with (output / "rejects.jsonl").open(encoding="utf-8") as lines:
-        counts = {"items": len(items), "pairs": len(table.pairs), "rejected_rows": sum(1 for _ in lines)}
+    rejected_rows = drop_repeated_lines(output / "rejects.jsonl")
     report = {
-        "model": arguments.model,
-        "weights": weights_of(Path(arguments.model)),
-        "compared_with": arguments.compare,
+        "model": first,
+        "weights": weights_of(Path(first)),
+        "compared_with": others,
         "precision": asdict(precision),
         "settings": {**asdict(arguments), **asdict(options)},
-        "counts": counts,
+        "counts": {"items": len(items), "pairs": len(table.pairs), "rejected_rows": rejected_rows},
         "trained_share": share,
         **figures,
     }
     write_results(report, output)
     show(report, output)
     return report
-
-
-def _load(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model, in eval mode, and processor."""
-    with loading(name):
-        model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype).to(device).eval()
-        return model, AutoProcessor.from_pretrained(name, trust_remote_code=True)
 
 
 @command("training/evaluate.py")

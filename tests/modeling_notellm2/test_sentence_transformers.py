@@ -1,6 +1,7 @@
 """A saved folder as a sentence-transformers model: encoding and saving; also without the package."""
 
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -183,6 +184,19 @@ def test_saving_keeps_what_sentence_transformers_was_told(encoder, tiny_model_fo
     assert (again.prompts["query"], again.truncate_dim) == ("q: ", 8)
     assert_same(again.encode_query(ITEMS), told.encode_query(ITEMS))
     assert_same(embed(tmp_path, ITEMS)[0], encoder.encode(ITEMS))
+
+
+def test_the_modalities_that_a_folder_names_are_read_by_others_alone(encoder, tiny_model_folder, tmp_path):
+    """Folders of before, without that file, load as well."""
+    shutil.copytree(tiny_model_folder, tmp_path / "model")
+    named = json.loads((tmp_path / "model" / "sentence_bert_config.json").read_text())["modality_config"]
+    assert set(named) == {"text", "image"}
+    (tmp_path / "model" / "sentence_bert_config.json").unlink()
+    old = SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True)
+    assert_same(old.encode(ITEMS), encoder.encode(ITEMS))
+    assert old.modalities == encoder.modalities
+    old.save(str(tmp_path / "again"))
+    assert (tmp_path / "again" / "sentence_bert_config.json").is_file()
 
 
 def test_push_to_hub_uploads_a_folder_that_loads(encoder, tmp_path, monkeypatch):

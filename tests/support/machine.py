@@ -1,8 +1,9 @@
-"""Programs that some tests need of the machine: Chromium, and a Java. Where one is missing, its tests are skipped.
+"""What some tests need of the machine: Chromium, a Java, mteb. Where one is missing, its tests are skipped.
 
 With NOTHING_MISSING in the environment they fail instead, so that `.ci/run` can't pass for lack of a program.
 """
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -22,7 +23,7 @@ def missing(message: str) -> None:
     """End a test that can't run on this machine."""
     if os.environ.get("NOTHING_MISSING"):
         pytest.fail(message)
-    pytest.skip(message)
+    pytest.skip(message, allow_module_level=True)
 
 
 def chromium_path(playwright: Playwright) -> str:
@@ -39,3 +40,9 @@ def require_java() -> None:
         provide_java()
     except MiningError as error:
         missing(str(error))
+
+
+def require_mteb() -> None:
+    """Skips the module where mteb is not installed."""
+    if importlib.util.find_spec("mteb") is None:
+        missing("needs mteb: pip install -e . --group mteb")

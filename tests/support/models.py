@@ -1,15 +1,30 @@
 """Tiny models made on the spot: a byte-level tokenizer, a two-layer Llama, a two-layer CLIP vision tower."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    SiglipProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
 
@@ -58,3 +73,36 @@ def make_model(**overrides) -> tuple[NoteLLM2Model, NoteLLM2Processor]:
         make_image_processor(), make_tokenizer(), model=model, prompt_language="en"
     )
     return model.eval(), processor
+
+
+def save_dual_encoder(kind: str, folder: Path) -> Path:
+    """A tiny "clip" or "siglip" of transformers with its processor, in a folder."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}
+    parts = {
+        "text_config": {"max_position_embeddings": 32, **ids, **sizes},
+        "vision_config": {"image_size": 32, "patch_size": 8, **sizes},
+    }
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length, tokenizer.eos_token = 32, "<|im_end|>"
+    if kind == "clip":
+        CLIPModel(CLIPConfig(**parts, projection_dim=24)).save_pretrained(folder)
+        CLIPProcessor(make_image_processor(), tokenizer).save_pretrained(folder)
+    else:
+        parts["text_config"]["projection_size"] = 32
+        SiglipModel(SiglipConfig(**parts)).save_pretrained(folder)
+        images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+        SiglipProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def save_text_model(folder: Path, **settings) -> Path:
+    """A tiny Sentence Transformers model of texts, in a folder; `settings` are SentenceTransformer's."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    with TemporaryDirectory() as place:
+        BertModel(BertConfig(vocab_size=260, max_position_embeddings=96, **sizes)).save_pretrained(place)
+        make_tokenizer().save_pretrained(place)
+        SentenceTransformer(modules=[Transformer(place), Pooling(16)], device="cpu", **settings).save(str(folder))
+    return folder

@@ -68,6 +68,30 @@ BLANK = Image.new("RGB", (64, 64))
 
 
 @dataclass
+class UnreadableImages:
+    """Lists each item that is met with an image that can't be read, once.
+
+    Attributes:
+        rejects: JSON lines file that they are added to; None: they are logged alone.
+    """
+
+    rejects: Path | None = None
+    listed: set[str] = field(default_factory=set, init=False, repr=False)
+
+    def add(self, item: Item, fault: str) -> None:
+        """List an item, with the reason."""
+        name = str(item.get("item_id", ""))
+        if name in self.listed:
+            return
+        self.listed.add(name)
+        reject = Reject("items, met in a batch", -1, [name], f"unreadable image: {fault}")
+        logger.warning("item_id %r: %s", name, reject.reason)
+        if self.rejects is not None:
+            with self.rejects.open("a", encoding="utf-8") as stream:  # one short write: lines of workers don't mix
+                stream.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
+
+
+@dataclass
 class ItemCollator:
     """Items to the model's inputs, with stored vision features in place of pixels where the cache has them.
 
@@ -86,7 +110,10 @@ class ItemCollator:
     features: VisionCache | None = None
     dtype: torch.dtype = torch.float32
     rejects: Path | None = None
-    listed: set[str] = field(default_factory=set, init=False, repr=False)
+    unreadable: UnreadableImages = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.unreadable = UnreadableImages(self.rejects)
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """The inputs of these items, in their order. One whose only content is an unreadable image has an empty prompt."""
@@ -101,7 +128,7 @@ class ItemCollator:
                 pictures.append(self._picture(source))
                 readable.append(source)
             except ItemError as error:
-                self._list(item, str(error))
+                self.unreadable.add(item, str(error))
         return ({**item, "image": readable} if "image" in item else item), pictures
 
     def inputs(self, opened: Sequence[tuple[Item, list[Picture]]]) -> dict[str, Tensor]:
@@ -128,17 +155,6 @@ class ItemCollator:
         encoded = read_encoded(source)
         stored = self.features.find(content_key(encoded))
         return self.processor.process_images([load_image(encoded)]) if stored is None else stored
-
-    def _list(self, item: Item, fault: str) -> None:
-        name = str(item.get("item_id", ""))
-        if name in self.listed:
-            return
-        self.listed.add(name)
-        reject = Reject("items, met in a batch", -1, [name], f"unreadable image: {fault}")
-        logger.warning("item_id %r: %s", name, reject.reason)
-        if self.rejects is not None:
-            with self.rejects.open("a", encoding="utf-8") as stream:  # one short write: lines of workers don't mix
-                stream.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
 
 
 @dataclass
@@ -248,6 +264,7 @@ __all__ = [
     "Pair",
     "PairCollator",
     "PairDataset",
+    "UnreadableImages",
     "cache_vision_features",
     "drop_repeated_lines",
 ]

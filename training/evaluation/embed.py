@@ -4,9 +4,10 @@ Recall follows the published protocol (`training.evaluation.retrieval`). Each mo
 it; the visual embeddings of a model with mICL are measured too.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from modeling_notellm2.prompts_notellm2 import FieldLimits
+from training.batches.collators import ItemCollator
 from training.evaluation.retrieval import expected_precision, has_label, precision_at_k, rank_targets
 from training.tables.items import ItemTable
 from training.trainer.distributed import gather, world_size
@@ -46,6 +49,45 @@ class Embedded:
     embeddings: Tensor
     visual_embeddings: Tensor | None
     has_image: Tensor
+
+
+class Embedder(Protocol):
+    """A model of any kind, as an evaluation sees it.
+
+    Attributes:
+        name: folder or id.
+        kind: of model, for people.
+        reads: how it reads an item, for people.
+        modalities: those of `MODALITIES` that it can embed.
+        limits: how much of each text field it is given.
+        parameters: how many it has.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def reads(self) -> str: ...
+
+    @property
+    def modalities(self) -> tuple[str, ...]: ...
+
+    @property
+    def limits(self) -> FieldLimits: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+    def embed(self, items: Sequence[Item], modality: str) -> Embedded:
+        """Embed items that have no other fields than those of a modality.
+
+        Raises:
+            ValueError: when there are no items.
+        """
+        ...
 
 
 @torch.no_grad()
@@ -105,6 +147,37 @@ class _Share(Dataset):
         return self.items[(self.rank * self.count + position) % len(self.items)]
 
 
+class NoteLLM2Embedder:
+    """NoteLLM-2 as an [`Embedder`].
+
+    Args:
+        model: the model, or one with LoRA around it; it is left in the mode it was in.
+        collate: items to its inputs.
+        batch_size: items embedded at once.
+        num_workers: processes that open images.
+        name: folder or id.
+    """
+
+    kind = "NoteLLM-2"
+    reads = "picture and text in one prompt"
+    modalities = tuple(MODALITIES)
+
+    def __init__(self, model: Any, collate: ItemCollator, batch_size: int = 32, num_workers: int = 0, name: str = ""):
+        self.model, self.collate, self.name = model, collate, name
+        self.batch_size, self.num_workers = batch_size, num_workers
+
+    @property
+    def limits(self) -> FieldLimits:
+        return self.collate.processor.limits
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def embed(self, items: Sequence[Item], modality: str) -> Embedded:
+        return embed(self.model, items, self.collate, self.batch_size, modality, self.num_workers)
+
+
 class _Without(Sequence[Item]):
     """Items at some positions, with only some of their fields."""
 
@@ -126,38 +199,36 @@ class View:
     Attributes:
         positions: (n) of these items in their table.
         embeddings: (n, d) float32, unit length, on the CPU.
+        seconds: that opening the items and embedding them took.
     """
 
     name: str
     positions: list[int]
     embeddings: Tensor
+    seconds: float
 
 
 def views(
-    model: Any,
-    collate: Callable[[Sequence[Item]], dict[str, Tensor]],
-    items: ItemTable,
-    pairs: Pairs,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    modalities: Sequence[str] = tuple(MODALITIES),
+    embedder: Embedder, items: ItemTable, pairs: Pairs, modalities: Sequence[str] = tuple(MODALITIES)
 ) -> Iterator[View]:
-    """Embed the items once for each of some modalities that has a pair to measure, and hand out one after another."""
+    """Embed the items once for each of some modalities that the model has and that has a pair to measure, one by one."""
     present = items.fields_present()
     for name in modalities:
         fields = MODALITIES[name]
         positions = np.flatnonzero(np.any([present[field] for field in fields if field in present], axis=0)).tolist()
-        if not _has_pair(positions, pairs):
+        if name not in embedder.modalities or not has_pair(positions, pairs):
             continue
-        embedded = embed(model, _Without(items, positions, fields), collate, batch_size, name, num_workers)
-        yield View(name, positions, embedded.embeddings)
+        start = time.perf_counter()
+        embedded = embedder.embed(_Without(items, positions, fields), name)
+        seconds = time.perf_counter() - start
+        yield View(name, positions, embedded.embeddings, seconds)
         if name == "image" and embedded.visual_embeddings is not None:
-            yield View("visual", positions, embedded.visual_embeddings)
+            yield View("visual", positions, embedded.visual_embeddings, seconds)
 
 
 def evaluate(
     model: Any,
-    collate: Callable[[Sequence[Item]], dict[str, Tensor]],
+    collate: ItemCollator,
     items: ItemTable,
     pairs: Pairs,
     labels: Sequence[Any] | None = None,
@@ -174,7 +245,8 @@ def evaluate(
     Returns:
         A flat dict such as `{"both/recall@10": 0.4, "both/precision@10": 0.3, "visual/recall@10": ...}`.
     """
-    return measure_views(views(model, collate, items, pairs, batch_size, num_workers), pairs, labels)
+    embedder = NoteLLM2Embedder(model, collate, batch_size, num_workers)
+    return measure_views(views(embedder, items, pairs), pairs, labels)
 
 
 def measure_views(embedded: Iterable[View], pairs: Pairs, labels: Sequence[Any] | None = None) -> dict[str, float]:
@@ -202,7 +274,7 @@ def evaluate_in_training(
     metrics = measure("both", embedded.embeddings, list(range(len(items))), pairs, labels)
     flat = {name.removeprefix("both/"): value for name, value in metrics.items()}
     shown = embedded.has_image.nonzero().flatten().tolist()
-    if embedded.visual_embeddings is not None and _has_pair(shown, pairs):
+    if embedded.visual_embeddings is not None and has_pair(shown, pairs):
         metrics = measure("visual", embedded.visual_embeddings[shown], shown, pairs, labels)
         flat |= {name.replace("/", "_"): value for name, value in metrics.items()}
     return flat
@@ -238,5 +310,6 @@ def random_expectation(items: ItemTable, pairs: Pairs, labels: Sequence[Any] | N
     }
 
 
-def _has_pair(positions: Sequence[int], pairs: Pairs) -> bool:
+def has_pair(positions: Sequence[int], pairs: Pairs) -> bool:
+    """Whether some pair has two different items of those at `positions`."""
     return bool((np.isin(pairs, positions).all(1) & (pairs[:, 0] != pairs[:, 1])).any())

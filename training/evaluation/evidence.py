@@ -3,7 +3,7 @@
 The JSON is:
 
     {
-      "generator": str, "model": str, "weights": {file: SHA-256} | null (a model of the Hub), "compared_with": str | null,
+      "generator": str, "model": str, "weights": {file: SHA-256} | null (a model of the Hub), "compared_with": [str],
       "settings": {option: value},
       "precision": {"name": "float32" | "bfloat16" | "float16", "reason": str},
       "counts": {"items": int, "pairs": int, "rejected_rows": int},
@@ -18,8 +18,13 @@ The JSON is:
       "slices": [{"embedding": EMBEDDING, "group": str, "slice": str, "queries": int,
                   "metrics": {"recall@10": INTERVAL, ...}}],
       "examples": {"embedding": EMBEDDING, "best": [EXAMPLE], "worst": [EXAMPLE]},
-      "comparison": {EMBEDDING: {"published" | "multi_positive": {METRIC: {"value": float, "other": float,
-                     "difference": float, "low": float, "high": float, "p_value": float}}}} | null,
+      "models": [{"model": str, "kind": str, "reads": str, "lacks": ["both" | "image" | "text"],
+                  "embedding": "both" | "image" | "text" (its fullest), "parameters": int, "dimension": int,
+                  "items_per_second": float}],
+      "comparison": [{"model": str, "embeddings": {EMBEDDING: {"published" | "multi_positive": {METRIC: DIFFERENCE}}}}],
+      "together": {"items": int, "queries": {PROTOCOL: int}, "candidates": {PROTOCOL: int},
+                   "models": [{"model": str, "embedding": str, "metrics": {PROTOCOL: {METRIC: INTERVAL}},
+                               "difference": {PROTOCOL: {METRIC: DIFFERENCE}} | null (the first)}]} | null,
       "plots": {"recall": "plots/recall.png", "ranks": ..., "slices_EMBEDDING": ..., "comparison": ...}
     }
 
@@ -31,192 +36,88 @@ METRIC: "recall@k", "ndcg@k", "mrr", and "hit_rate@k" (multi-positive). INTERVAL
 Slices are of the published protocol's queries, "group" being e.g. "query text length", "target popularity",
 "query fields", "category". EXAMPLE: {"query_id": str, "target_id": str, "rank": int, "score": float,
 "neighbours": [{"item_id": str, "score": float}]} with the five nearest candidates, nearest first. Scores are cosines.
-`difference` is this model's value minus the other's; p_value is of a sign-flip permutation test over queries.
+DIFFERENCE: {"value": float, "other": float, "difference": float, "low": float, "high": float, "p_value": float}:
+`difference` is the first model's value minus the other's; p_value is of a sign-flip permutation test over queries.
+"comparison" holds what both embed alike; "together" all models by their fullest embedding, over the items that all can
+embed. items_per_second counts opening pictures and embedding by the fullest embedding, on the machine of the evaluation.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from training.batches.collators import ItemCollator
-from training.batches.vision_cache import VisionCache
-from training.evaluation.embed import NEIGHBOURS, Pairs, View, views
-from training.evaluation.metrics import (
-    Bootstrap,
-    PerQuery,
-    compare,
-    intervals,
-    multi_positive_metrics,
-    published_metrics,
-    rank_percentiles,
-)
-from training.evaluation.retrieval import (
-    RetrievalResult,
-    expected_precision,
-    has_label,
-    nearest,
-    precisions_at_k,
-    rank_all_targets,
-    rank_targets,
-)
+from training.evaluation.comparing import candidate, compare_fullest, compare_queries
+from training.evaluation.embed import Embedder, Pairs, View, views
+from training.evaluation.measuring import Measured, MeasureOptions, measure_view
+from training.evaluation.metrics import PerQuery
+from training.evaluation.retrieval import nearest
 from training.evaluation.slices import ItemFacts, item_facts, measure_slices, query_slices
 from training.reporting.evaluation_plots import EVALUATION, draw_plots
 from training.reporting.evaluation_tables import as_markdown
-from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands.files import remove_files, write_json, write_text
 from training.tables.commands.outputs import GENERATOR
 from training.tables.items import ItemTable
-from training.trainer.adapters import unwrap_adapter
-
-
-MOST_K = 1_000_000
-"""Largest cut-off of recall@k: no list of recommendations is longer."""
-
-
-@dataclass
-class MeasureOptions:
-    """What is measured, and how surely."""
-
-    ks: list[Annotated[int, Bounds(1, MOST_K)]] = field(
-        default_factory=lambda: [1, 10, 100], metadata={"help": "Cut-offs of recall@k and nDCG@k."}
-    )
-    resamples: AtLeastOne = field(
-        default=1000, metadata={"help": "Draws of the bootstrap, and of the permutation test."}
-    )
-    confidence: Annotated[float, Bounds(0, 1, open=True)] = field(default=0.95, metadata={"help": "Of the intervals."})
-    seed: NotNegative = field(default=0, metadata={"help": "Of all draws."})
-    length_thresholds: list[NotNegative] = field(
-        default_factory=list,
-        metadata={
-            "help": "Most characters of a short text and of a medium one (two numbers); none: the quartiles of the "
-            "queries' and of the targets' texts."
-        },
-    )
-    top_categories: NotNegative = field(default=10, metadata={"help": "Categories with a slice of their own."})
-    examples: NotNegative = field(default=12, metadata={"help": "Best queries, and worst queries, that are listed."})
-    neighbours: NotNegative = field(default=5, metadata={"help": "Nearest candidates listed with each of them."})
-
-    def __post_init__(self) -> None:
-        if not self.ks or min(self.ks) < 1:
-            raise ValueError(f"ks are positive cut-offs; got {self.ks}.")
-        check_bounds(self)
-        self.ks = sorted(set(self.ks))
-        self.bootstrap = Bootstrap(self.resamples, self.confidence, self.seed)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One view of the items, ranked.
-
-    Attributes:
-        report: its part of "metrics" in evaluation.json.
-        per_query: the values behind it, by protocol.
-        published: ranks by the published protocol.
-    """
-
-    report: dict[str, Any]
-    per_query: dict[str, PerQuery]
-    published: RetrievalResult
 
 
 def evaluate_model(
-    model: Any,
-    processor: Any,
+    embedder: Embedder,
     items: ItemTable,
     pairs: Pairs,
     options: MeasureOptions | None = None,
     *,
-    other: tuple[Any, Any] | None = None,
+    others: Iterable[Embedder] = (),
     labels: Sequence[Any] | None = None,
     popularity: np.ndarray | None = None,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    rejects: Path | None = None,
-    features: VisionCache | None = None,
     embedded: Iterable[View] | None = None,
 ) -> dict[str, Any]:
     """Everything in evaluation.json but "settings", "plots" and the names of the models.
 
     Args:
-        model, processor: as AutoModel and AutoProcessor load them; the model is left in the mode it was in.
+        embedder: the model, of any kind (`training.evaluation.embedders.open_embedder`).
         items: all candidates.
         pairs: (p, 2) integer positions in `items`: query and target.
-        other: another model and its processor, for the comparison.
+        others: models to compare it with; one is taken when the one before has been measured, so they may be loaded then.
         labels: a category for each item.
         popularity: (n,) integer, train pairs that each item is in (`training.evaluation.slices.count_in_pairs`).
-        rejects: JSON lines file to which images that can't be read are added.
-        features: stored vision features of `model`'s encoder.
-        embedded: the items by `model`, where `views` has embedded them already.
+        embedded: the items by the model, where `views` has embedded them already.
 
     Raises:
         ValueError: when no pair can be measured.
     """
     options = options or MeasureOptions()
-    facts = item_facts(items, processor.limits, popularity, labels)
-    if embedded is None:
-        collate = ItemCollator(processor, features, unwrap_adapter(model).dtype, rejects)
-        embedded = views(model, collate, items, pairs, batch_size, num_workers)
-    report: dict[str, Any] = {"metrics": {}, "slices": [], "examples": None, "comparison": None}
+    facts = item_facts(items, embedder.limits, popularity, labels)
+    report: dict[str, Any] = {"metrics": {}, "slices": [], "examples": None}
     per_query: dict[str, dict[str, PerQuery]] = {}
-    for view in embedded:
+    measured_views = []
+    for view in embedded or views(embedder, items, pairs):
         measured = measure_view(view, pairs, labels, options)
         report["metrics"][view.name] = measured.report
         report["slices"] += _slices(view, measured, facts, options)
         report["examples"] = report["examples"] or _examples(view, measured, items, options)
         per_query[view.name] = measured.per_query
+        measured_views.append(view)
     if not per_query:
-        raise ValueError(f"None of {len(pairs)} pairs has two different items of the item table: nothing to measure.")
-    if other is not None:
-        collate = ItemCollator(other[1], rejects=rejects)
-        report["comparison"] = {
-            view.name: _compared(per_query[view.name], measure_view(view, pairs, labels, options), options)
-            for view in views(other[0], collate, items, pairs, batch_size, num_workers)
-            if view.name in per_query
-        }
-    return report
+        raise ValueError(f"{embedder.name}: {_nothing(len(pairs), embedder)}")
+    candidates, comparison = [candidate(embedder, measured_views)], []
+    for other in others:
+        seen = list(views(other, items, pairs))
+        if not seen:
+            raise ValueError(f"{other.name}: {_nothing(len(pairs), other)}")
+        candidates.append(candidate(other, seen))
+        shared = {view.name: measure_view(view, pairs, None, options) for view in seen if view.name in per_query}
+        differences = {name: compare_queries(per_query[name], result, options) for name, result in shared.items()}
+        comparison.append({"model": other.name, "embeddings": differences})
+    together = compare_fullest(candidates, pairs, options) if comparison else None
+    about = [model.about for model in candidates]
+    return {**report, "models": about, "comparison": comparison, "together": together}
 
 
-def measure_view(view: View, pairs: Pairs, labels: Sequence[Any] | None, options: MeasureOptions) -> Measured:
-    """Both protocols, and precision where there are labels, over the items of a view."""
-    published = rank_targets(view.embeddings, view.positions, pairs.tolist())
-    everything = rank_all_targets(view.embeddings, view.positions, pairs.tolist())
-    per_query = {
-        "published": published_metrics(published, options.ks),
-        "multi_positive": multi_positive_metrics(everything, options.ks),
-    }
-    report: dict[str, Any] = {
-        protocol: {
-            "queries": len(result.queries),
-            "candidates": result.pool_size,
-            "unknown_pairs": result.unknown_pairs,
-            "repeated_pairs": result.repeated_pairs,
-            "metrics": intervals(per_query[protocol], options.bootstrap),
-            "rank_percentiles": rank_percentiles(result.ranks.numpy()),
-        }
-        for protocol, result in (("published", published), ("multi_positive", everything))
-    }
-    report["published"]["random"] = {f"recall@{k}": published.expected_recall(k) for k in options.ks}
-    report["multi_positive"]["targets"] = len(everything.targets)
-    report["labels"] = _precision(view, labels, options)
-    return Measured(report, per_query, published)
-
-
-def _precision(view: View, labels: Sequence[Any] | None, options: MeasureOptions) -> dict[str, Any] | None:
-    """Share of the nearest items with the same label, over the labelled items; None without one."""
-    chosen = [labels[position] for position in view.positions] if labels is not None else []
-    if len(chosen) <= NEIGHBOURS or not any(map(has_label, chosen)):
-        return None
-    name = f"precision@{NEIGHBOURS}"
-    values = precisions_at_k(view.embeddings, chosen, NEIGHBOURS).numpy()
-    return {
-        "items": len(values),
-        "metrics": intervals({name: values}, options.bootstrap),
-        "random": {name: expected_precision(chosen)},
-    }
+def _nothing(pairs: int, embedder: Embedder) -> str:
+    which = "" if "both" in embedder.modalities else f" with {' or '.join(embedder.modalities)}, all that it reads"
+    return f"none of {pairs} pairs has two different items of the item table{which}: nothing to measure."
 
 
 def _slices(view: View, measured: Measured, facts: ItemFacts, options: MeasureOptions) -> list[dict[str, Any]]:
@@ -226,12 +127,6 @@ def _slices(view: View, measured: Measured, facts: ItemFacts, options: MeasureOp
     slices = query_slices(facts, queries, targets, options.length_thresholds, options.top_categories)
     rows = measure_slices(slices, published.ranks.numpy(), options.ks, options.bootstrap)
     return [{"embedding": view.name, **row} for row in rows]
-
-
-def _compared(ours: dict[str, PerQuery], other: Measured, options: MeasureOptions) -> dict[str, Any]:
-    return {
-        protocol: compare(values, other.per_query[protocol], options.bootstrap) for protocol, values in ours.items()
-    }
 
 
 def _examples(view: View, measured: Measured, items: ItemTable, options: MeasureOptions) -> dict[str, Any]:

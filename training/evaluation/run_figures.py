@@ -11,8 +11,17 @@ import torch
 from training.batches.collators import drop_repeated_lines
 from training.batches.data import RunData
 from training.batches.vision_cache import VisionCache
-from training.evaluation.embed import MODALITIES, View, measure, measure_views, random_expectation, views
-from training.evaluation.evidence import MeasureOptions, evaluate_model, write_results
+from training.evaluation.embed import (
+    MODALITIES,
+    NoteLLM2Embedder,
+    View,
+    measure,
+    measure_views,
+    random_expectation,
+    views,
+)
+from training.evaluation.evidence import evaluate_model, write_results
+from training.evaluation.measuring import MeasureOptions
 from training.evaluation.saliency import measure_saliency
 from training.evaluation.slices import count_in_pairs
 from training.trainer.arguments import DataArguments
@@ -99,18 +108,19 @@ class RunFigures:
         return {"saliency": {name: shares for name, shares in self.saliency.items() if shares}}
 
     def _views(self, modalities: Sequence[str]) -> list[View]:
-        arguments = self.trainer.args
-        return list(
-            views(
-                self.trainer.model,
-                self.trainer.data_collator.collate_items,
-                self.data.eval_items,
-                self.data.eval_pairs,
-                arguments.per_device_eval_batch_size,
-                arguments.dataloader_num_workers,
-                modalities,
-            )
-        )
+        return list(views(embedder_of(self.trainer), self.data.eval_items, self.data.eval_pairs, modalities))
+
+
+def embedder_of(trainer: NoteLLM2Trainer) -> NoteLLM2Embedder:
+    """The model that is trained, as the evaluation sees it."""
+    arguments = trainer.args
+    return NoteLLM2Embedder(
+        trainer.model,
+        trainer.data_collator.collate_items,
+        arguments.per_device_eval_batch_size,
+        arguments.dataloader_num_workers,
+        str(Path(arguments.output_dir) / "model"),
+    )
 
 
 def measure_baselines(data: RunData, features: VisionCache | None, seed: int) -> dict[str, float]:
@@ -168,8 +178,7 @@ def write_evaluation(
     """
     output, options = Path(trainer.args.output_dir), MeasureOptions()
     figures = evaluate_model(
-        trainer.model,
-        trainer.processing_class,
+        embedder_of(trainer),
         data.eval_items,
         data.eval_pairs,
         options,
@@ -179,7 +188,7 @@ def write_evaluation(
     )
     with (output / "rejects.jsonl").open(encoding="utf-8") as lines:  # the run has listed these items' pictures by now
         counts = {"items": len(data.eval_items), "pairs": len(data.eval_pairs), "rejected_rows": sum(1 for _ in lines)}
-    about = {"model": str(output / "model"), "weights": weights, "compared_with": None, "counts": counts}
+    about: dict[str, Any] = {"model": str(output / "model"), "weights": weights, "compared_with": [], "counts": counts}
     settings = {**asdict(options), "label_column": label_column, "train_pairs": train_pairs}
     write_results({**about, "settings": settings, **figures}, output)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from training.reporting.evaluation_tables import middle_metric
+from training.reporting.evaluation_tables import middle_metric, short_name
 from training.reporting.figures import write_figure
 
 
@@ -35,7 +35,7 @@ def _figures(report: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     yield "ranks", _ranks(report)
     for embedding in report["metrics"]:
         yield f"slices_{embedding}", _slices(report, embedding)
-    if report["comparison"]:
+    if report["together"] or any(other["embeddings"] for other in report["comparison"]):
         yield "comparison", _comparison(report)
 
 
@@ -107,10 +107,17 @@ def _slices(report: dict[str, Any], embedding: str) -> Figure:
 
 
 def _comparison(report: dict[str, Any]) -> Figure:
-    """Differences to the other model with intervals."""
+    """Differences to the other models with intervals: of all that each reads, then modality by modality."""
+    together = report["together"]["models"] if report["together"] else []
+    parts = [(model["model"], "all it reads", model["difference"]) for model in together if model["difference"]]
+    parts += [
+        (other["model"], embedding, protocols)
+        for other in report["comparison"]
+        for embedding, protocols in other["embeddings"].items()
+    ]
     rows = [
-        (f"{embedding}, {protocol.replace('_', '-')}, {metric}", difference)
-        for embedding, protocols in report["comparison"].items()
+        (f"{_plain(short_name(model))}: {embedding}, {protocol.replace('_', '-')}, {metric}", difference)
+        for model, embedding, protocols in parts
         for protocol, metrics in protocols.items()
         for metric, difference in metrics.items()
     ][::-1]
@@ -122,7 +129,7 @@ def _comparison(report: dict[str, Any]) -> Figure:
     ]
     _points(panel, points, [label for label, _ in rows])
     panel.axvline(0, color="grey", linestyle="--", linewidth=1)
-    panel.set_xlabel("difference: this model minus the other")
+    panel.set_xlabel(f"difference: {_plain(short_name(report['model']))} minus the other")
     return figure
 
 

@@ -1,6 +1,6 @@
 """The content of evaluation.json (schema: `training.evaluate`) as tables for people: Markdown, and on the terminal."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ PROTOCOLS = {
     "published": "Published protocol: one target for each query, among all items that are no query",
     "multi_positive": "Multi-positive protocol: all known targets of a query, among all items but itself",
 }
-LEFT = ("embedding", "group", "slice", "protocol", "metric")
+LEFT = ("embedding", "group", "slice", "protocol", "metric", "model", "kind", "reads", "lacks")
 """Columns of words."""
 
 
@@ -36,9 +36,15 @@ def as_markdown(report: dict[str, Any]) -> str:
     if any(parts["labels"] for parts in report["metrics"].values()):
         lines += ["", "## Neighbours with the same label", "", *_markdown(*label_rows(report))]
     lines += ["", "## Slices (published protocol)", "", *_markdown(*slice_rows(report))]
-    if report["comparison"]:
-        lines += ["", f"## Compared with `{report['compared_with']}` on the same queries", ""]
-        lines += _markdown(*comparison_rows(report))
+    lines += ["", "## Models", "", *_markdown(*model_rows(report))]
+    if report["together"]:
+        lines += ["", "## All models, each with all that it reads, over the items that all can embed"]
+        for protocol in PROTOCOLS:
+            names = metric_names(report, protocol)
+            lines += ["", together_title(report, protocol), "", *_markdown(*together_rows(report, protocol, names))]
+    for other in report["comparison"]:
+        lines += ["", f"## Difference to `{other['model']}` on the same queries, modality by modality", ""]
+        lines += _markdown(*comparison_rows(other))
     if report["plots"]:
         lines += ["", "## Plots", "", *(f"![{name}]({place})" for name, place in report["plots"].items())]
     return "\n".join(lines) + "\n"
@@ -51,8 +57,13 @@ def show(report: dict[str, Any], output: Path) -> None:
         _print(console, f"{protocol.replace('_', '-').capitalize()} protocol", *metric_rows(report, protocol))
     first = next(iter(report["metrics"]))
     _print(console, f"Slices of '{first}' (published protocol)", *short_slice_rows(report, first))
-    if report["comparison"]:
-        _print(console, f"Compared with {report['compared_with']}", *comparison_rows(report))
+    _print(console, "Models", *cost_rows(report))
+    if report["together"]:
+        for protocol in PROTOCOLS:
+            shown = _middle([name for name in metric_names(report, protocol) if name.startswith("recall@")])
+            _print(console, together_title(report, protocol), *together_rows(report, protocol, [shown]))
+    elif report["comparison"]:
+        console.print("All models: no pair has two items that every model can embed.")
     rejected = report["counts"]["rejected_rows"]
     console.print(f"Rows left out: {rejected}" + (f", see {output / 'rejects.jsonl'}" if rejected else ""))
     for name in ("evaluation.json", "evaluation.md", "plots"):
@@ -120,13 +131,86 @@ def short_slice_rows(report: dict[str, Any], embedding: str) -> Rows:
 
 def middle_metric(row: dict[str, Any]) -> str:
     """Of a slice's recalls the one at the middle cut-off."""
-    names = list(row["metrics"])
+    return _middle(list(row["metrics"]))
+
+
+def _middle(names: Sequence[str]) -> str:
     return names[(len(names) - 1) // 2]
 
 
-def comparison_rows(report: dict[str, Any]) -> Rows:
-    """Every metric of both models."""
-    return ["embedding", "protocol", "metric", "this", "other", "difference", "p"], list(_comparison(report))
+def short_name(model: str) -> str:
+    """The last two parts of a model's folder, or its id."""
+    return "/".join(Path(model).parts[-2:])
+
+
+def cost_rows(report: dict[str, Any]) -> Rows:
+    """As `model_rows`, as much as a terminal is wide."""
+    titles, rows = model_rows(report)
+    kept = [column for column, title in enumerate(titles) if title not in ("kind", "reads")]
+    return [titles[column] for column in kept], [[row[column] for column in kept] for row in rows]
+
+
+def model_rows(report: dict[str, Any]) -> Rows:
+    """Kind and cost of each model."""
+    titles = ["model", "kind", "reads", "lacks", "parameters", "dimension", "items/s"]
+    rows = [
+        [
+            *(short_name(model["model"]), model["kind"], model["reads"], ", ".join(model["lacks"]) or "nothing"),
+            *(f"{model['parameters']:,}", str(model["dimension"]), f"{model['items_per_second']:.1f}"),
+        ]
+        for model in report["models"]
+    ]
+    return titles, rows
+
+
+def metric_names(report: dict[str, Any], protocol: str) -> list[str]:
+    """Metrics that all models were compared by."""
+    return list(report["together"]["models"][0]["metrics"][protocol])
+
+
+def together_title(report: dict[str, Any], protocol: str) -> str:
+    """How much the models were compared on."""
+    together = report["together"]
+    return (
+        f"{protocol.replace('_', '-').capitalize()} protocol: {together['items']} items, "
+        f"{together['queries'][protocol]} queries, {together['candidates'][protocol]} candidates"
+    )
+
+
+def together_rows(report: dict[str, Any], protocol: str, names: Sequence[str]) -> Rows:
+    """Every model with what it reaches, and how much the first exceeds it."""
+    titles = ["model", "reads", "parameters", "items/s"]
+    titles += [title for name in names for title in (name, "first minus this", "p")]
+    rows = []
+    for model, about in zip(report["together"]["models"], report["models"], strict=True):
+        row = [
+            short_name(model["model"]),
+            model["embedding"],
+            f"{about['parameters']:,}",
+            f"{about['items_per_second']:.1f}",
+        ]
+        for name in names:
+            row.append(interval(model["metrics"][protocol][name]))
+            row += _difference(model["difference"][protocol][name]) if model["difference"] else ["", ""]
+        rows.append(row)
+    return titles, rows
+
+
+def comparison_rows(other: dict[str, Any]) -> Rows:
+    """Every metric of the first model and another one."""
+    return ["embedding", "protocol", "metric", "first", "this", "first minus this", "p"], [
+        [
+            name,
+            protocol.replace("_", " "),
+            metric,
+            f"{measured['value']:.3f}",
+            f"{measured['other']:.3f}",
+            *_difference(measured),
+        ]
+        for name, protocols in other["embeddings"].items()
+        for protocol, metrics in protocols.items()
+        for metric, measured in metrics.items()
+    ]
 
 
 def interval(value: dict[str, float]) -> str:
@@ -134,20 +218,10 @@ def interval(value: dict[str, float]) -> str:
     return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
-def _comparison(report: dict[str, Any]) -> Iterator[list[str]]:
-    for name, protocols in report["comparison"].items():
-        for protocol, metrics in protocols.items():
-            for metric, measured in metrics.items():
-                bounds = f"{measured['difference']:+.3f} [{measured['low']:+.3f}, {measured['high']:+.3f}]"
-                yield [
-                    name,
-                    protocol.replace("_", " "),
-                    metric,
-                    f"{measured['value']:.3f}",
-                    f"{measured['other']:.3f}",
-                    bounds,
-                    f"{measured['p_value']:.3f}",
-                ]
+def _difference(measured: dict[str, float]) -> list[str]:
+    """+0.021 [-0.003, +0.045], and the p value."""
+    bounds = f"{measured['difference']:+.3f} [{measured['low']:+.3f}, {measured['high']:+.3f}]"
+    return [bounds, f"{measured['p_value']:.3f}"]
 
 
 def _markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -14,8 +14,9 @@ from transformers.utils import logging
 from tests.conftest import make_model
 from training.batches.collators import ItemCollator
 from training.evaluate import EvaluateArguments, run
-from training.evaluation.embed import embed
-from training.evaluation.evidence import MeasureOptions, evaluate_model
+from training.evaluation.embed import NoteLLM2Embedder, embed
+from training.evaluation.evidence import evaluate_model
+from training.evaluation.measuring import MeasureOptions
 from training.evaluation.metrics import multi_positive_metrics
 from training.evaluation.retrieval import precision_at_k, rank_all_targets, rank_targets
 from training.tables.items import load_items
@@ -103,11 +104,12 @@ def test_slices_and_comparison_are_whole(report):
     assert set(sums.values()) == {queries} and len(sums) == 8
     assert {row["slice"] for row in both if row["group"] == "unseen items"} == {"both unseen"}
 
-    found = report["comparison"]["both"]["published"]["recall@5"]
+    found = report["comparison"][0]["embeddings"]["both"]["published"]["recall@5"]
     assert found["value"] == report["metrics"]["both"]["published"]["metrics"]["recall@5"]["value"]
     assert found["difference"] == pytest.approx(found["value"] - found["other"])
     assert 0 < found["p_value"] <= 1
-    assert any(one["difference"] for part in report["comparison"].values() for one in part["multi_positive"].values())
+    differences = report["comparison"][0]["embeddings"]
+    assert any(one["difference"] for part in differences.values() for one in part["multi_positive"].values())
 
 
 def test_files_are_whole_and_say_the_same(evaluated, report):
@@ -134,12 +136,11 @@ def test_a_model_does_not_differ_from_itself_and_keeps_its_mode(coloured_tables,
     processor = AutoProcessor.from_pretrained(tiny_model_folder, trust_remote_code=True)
     pairs = np.array([(a, a + 6) for a in range(24)])
 
-    report = evaluate_model(
-        model, processor, items, pairs, MeasureOptions(ks=[5], resamples=20), other=(model, processor)
-    )
+    embedder = NoteLLM2Embedder(model, ItemCollator(processor))
+    report = evaluate_model(embedder, items, pairs, MeasureOptions(ks=[5], resamples=20), others=[embedder])
 
     assert model.training
-    for protocols in report["comparison"].values():
+    for protocols in report["comparison"][0]["embeddings"].values():
         for metrics in protocols.values():
             assert all((one["difference"], one["p_value"]) == (0, 1) for one in metrics.values())
     assert not any("popularity" in row["group"] or "category" in row["group"] for row in report["slices"])
@@ -149,12 +150,12 @@ def test_mistakes_are_named(coloured_tables, tiny_model_folder, tmp_path):
     tables = {"items": f"{coloured_tables}/items.parquet", "pairs": f"{coloured_tables}/test.jsonl"}
     with pytest.raises(ValueError, match="'split' says 'nowhere'"):
         run(
-            EvaluateArguments(str(tiny_model_folder), **tables, output=str(tmp_path), eval_split="nowhere"),
+            EvaluateArguments(model=str(tiny_model_folder), **tables, output=str(tmp_path), eval_split="nowhere"),
             MeasureOptions(),
         )
     with pytest.raises(ValueError, match="no column 'flavour'"):
         run(
-            EvaluateArguments(str(tiny_model_folder), **tables, output=str(tmp_path), label_column="flavour"),
+            EvaluateArguments(model=str(tiny_model_folder), **tables, output=str(tmp_path), label_column="flavour"),
             MeasureOptions(),
         )
     with pytest.raises(ValueError, match="ks are positive"):
@@ -170,11 +171,10 @@ def test_one_query_is_measured_and_a_train_pair_is_said(coloured_tables, tiny_mo
     items = tmp_path / "items.parquet"
     pq.write_table(pq.read_table(coloured_tables / "items.parquet").slice(70, 16), items)
     arguments = EvaluateArguments(
-        str(tiny_model_folder),
         str(items),
         str(tmp_path / "one.jsonl"),
         str(tmp_path / "out"),
-        compare=str(tiny_model_folder),
+        compare=[str(tiny_model_folder)] * 2,
         label_column="colour",
         train_pairs=str(tmp_path / "train.jsonl"),
     )

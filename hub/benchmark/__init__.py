@@ -1,0 +1,1 @@
+"""Catalogues and models for the Massive Text Embedding Benchmark, the library mteb."""

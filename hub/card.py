@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hub.cards.writing import CARD, write_card
 from training.tables.commands.handler import DONE, command, parse
-from training.tables.commands.outputs import Output, check_inputs
+from training.tables.commands.outputs import Output, check_inputs, locked
 
 
 @dataclass
@@ -44,17 +44,18 @@ def main(options: Sequence[str] | None = None) -> int | None:
     (arguments,) = parse(CardArguments, options=options)
     card = Output("--model", Path(arguments.model), (CARD,))
     check_inputs([card], (arguments.metrics, *(arguments.plots or ())))
-    path = write_card(
-        arguments.model,
-        arguments.metrics,
-        arguments.repo,
-        license=arguments.license,
-        languages=arguments.languages,
-        datasets=arguments.datasets,
-        base_models=arguments.base_models,
-        plots=arguments.plots or (),
-        replace=arguments.replace,
-    )
+    with locked(card.lock, card.path):
+        path = write_card(
+            arguments.model,
+            arguments.metrics,
+            arguments.repo,
+            license=arguments.license,
+            languages=arguments.languages,
+            datasets=arguments.datasets,
+            base_models=arguments.base_models,
+            plots=arguments.plots or (),
+            replace=arguments.replace,
+        )
     print(f"{path}: {len(path.read_text(encoding='utf-8').splitlines())} lines")
     return DONE
 

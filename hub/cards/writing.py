@@ -9,8 +9,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hub.cards.findings import eval_results, findings, model_metrics, protocol, read_metrics, results_table
 from hub.cards.model import DescribedModel, check_id, is_hub_id, read_model
-from training.tables.commands.files import write_text
+from training.tables.commands.files import atomic_write, write_text
 from training.tables.commands.hashes import check_weights, weights_of
+from training.tables.commands.outputs import stranger_at
 
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -122,7 +123,7 @@ def write_card(
         findings=findings(measured),
         results=results_table(measured),
         protocol=protocol(measured),
-        plots=copy_plots(plots, folder),
+        plots=copy_plots(plots, folder, replace),
         data=rows_of(measured.get("counts", {}), COUNTS),
         training=rows_of({**measured.get("settings", {}), **measured.get("counts", {})}, SETTINGS),
         limits=limits(model, measured, license),
@@ -187,11 +188,11 @@ def limits(model: DescribedModel, metrics: Mapping[str, Any], license: str | Non
     return sentences
 
 
-def copy_plots(plots: Sequence[str | Path], folder: Path) -> list[dict[str, str]]:
+def copy_plots(plots: Sequence[str | Path], folder: Path, replace: bool = False) -> list[dict[str, str]]:
     """Puts PNG files into `assets/`; returns their names and relative paths.
 
     Raises:
-        ValueError: for a file that is no PNG.
+        ValueError: for a file that is no PNG, or one that would be put in place of another that this program didn't make.
         OSError: for one that can't be read.
     """
     copied = []
@@ -201,7 +202,10 @@ def copy_plots(plots: Sequence[str | Path], folder: Path) -> list[dict[str, str]
         target = folder / "assets" / plot.name.replace(" ", "_")
         target.parent.mkdir(exist_ok=True)
         if plot.resolve() != target.resolve():
-            shutil.copyfile(plot, target)
+            if not replace and target.exists() and target.read_bytes() != plot.read_bytes() and stranger_at(target):
+                raise ValueError(f"{target} is another picture; pass replace (--replace) to write over it.")
+            with atomic_write(target) as place:
+                shutil.copyfile(plot, place)
         copied.append({"name": plot.stem.replace("_", " "), "path": f"assets/{target.name}"})
     return copied
 

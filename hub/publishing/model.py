@@ -116,7 +116,11 @@ def add_documents(folder: Path, staging: Path, details: ModelDetails, is_adapter
         published.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     card = staging / CARD
     text = card.read_text(encoding="utf-8") if card.exists() else MARKER
-    if details.metrics or MARKER in text or PEFT_CARD in text:
+    plots = find_plots(metrics)
+    if MARKER in text or PEFT_CARD in text:
+        for made_anew in (card, *(staging / "assets" / plot.name for plot in plots)):
+            made_anew.unlink(missing_ok=True)  # a link to the user's file
+    if details.metrics or not card.exists():
         write_card(
             staging,
             metrics,
@@ -125,8 +129,7 @@ def add_documents(folder: Path, staging: Path, details: ModelDetails, is_adapter
             languages=details.languages,
             datasets=details.datasets,
             base_models=[details.base] if is_adapter and details.base else details.base_models,
-            plots=find_plots(metrics),
-            replace=PEFT_CARD in text,
+            plots=plots,
         )
     return []
 

@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from transformers import AutoModel, AutoProcessor
 
+from hub.cards.writing import MARKER
 from hub.publish import PublishArguments, publish
 from hub.publishing.checks import RefusedError
 from hub.publishing.model import ModelDetails, prepare_model
@@ -269,6 +270,25 @@ def test_a_runs_plots_go_into_the_card(tiny_model_folder, tmp_path):
     publication = prepare_model(run / "model", staging, ModelDetails("org/name"))
     assert {name for name in publication.files if name.endswith(".png")} == {"assets/curves.png"}
     assert "(assets/curves.png)" in (staging / "README.md").read_text()
+
+
+def test_the_users_folder_stays_as_it_is(tiny_model_folder, tmp_path):
+    """What is made for the Hub is put together beside it: links in the way are never written through."""
+    model, staging = tmp_path / "run" / "model", tmp_path / "staging"
+    shutil.copytree(tiny_model_folder, model)
+    (tmp_path / "run" / "plots").mkdir()
+    (model / "assets").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "run" / "plots" / "curves.png")
+    Image.new("RGB", (9, 9)).save(model / "assets" / "curves.png")
+    (model / "README.md").write_text(f"# Mine\n{MARKER}\n")
+    stages = {"before": {}, "after": {}, "baselines": {}, "random": {}, "counts": {}, "settings": {}, "log": []}
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(stages))
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    staging.mkdir()
+    publication = prepare_model(model, staging, ModelDetails("org/name"))
+    assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
+    assert publication.files["README.md"].read_bytes() != before[model / "README.md"]
+    assert Image.open(publication.files["assets/curves.png"]).size == (8, 8)
 
 
 def test_metrics_of_another_model_are_not_published(tiny_model_folder, tmp_path):

@@ -249,6 +249,7 @@ def test_the_space_starts_with_what_was_published(at_hub, base, table, tiny_mode
     assert {path.rpartition("/")[0] for path in files if path.startswith("training/")} == {
         "training",
         "training/tables",
+        "training/tables/commands",
     }
     assert not any(path.startswith("tests/") for path in files)
     head = yaml.safe_load(at_hub.store.path(files["README.md"].key).read_text().split("---")[1])

@@ -16,11 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoImageProcessor, AutoTokenizer
-
-from hub.backbones.research import convert, read_weights
-from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
-from training.tables.commands.files import atomic_write
+from hub.backbones.research import convert, read_weights, save_converted
 from training.tables.commands.handler import DONE, OptionError, about, command, parse
 from training.tables.commands.outputs import Output, claimed
 
@@ -40,32 +36,6 @@ class ConvertArguments:
     )
 
 
-def write(model: NoteLLM2Model, args: ConvertArguments) -> None:
-    """Writes the folder, which appears only when it is complete.
-
-    Raises:
-        ValueError: when the tokenizer is not the one that the checkpoint was trained with.
-    """
-    with atomic_write(args.output) as place:
-        model.save_pretrained(place)
-        if args.tokenizer is not None:
-            processor = NoteLLM2Processor.from_vision_text_pretrained(
-                AutoImageProcessor.from_pretrained(args.image_processor),
-                AutoTokenizer.from_pretrained(args.tokenizer),
-                num_query_tokens=model.config.num_query_tokens,
-                micl=model.config.micl,
-                early_fusion=model.config.early_fusion,
-            )
-            ours = (model.config.image_token_id, model.config.visual_embedding_token_id)
-            theirs = (processor.image_token_id, processor.visual_embedding_token_id)
-            if ours != theirs:
-                raise ValueError(
-                    f"The tokenizer gives <IMG> and <IMG_EMB> the ids {theirs}, the checkpoint has {ours}: use the tokenizer "
-                    "that the checkpoint was trained with."
-                )
-            processor.save_pretrained(place)
-
-
 @command("hub/convert_official.py")
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
@@ -78,7 +48,7 @@ def main(options: Sequence[str] | None = None) -> int | None:
         with about(args.weights, "Pass the safetensors file of the research code's weights."):
             weights = read_weights(args.weights)
         model = convert(weights, research)
-        write(model, args)
+        save_converted(model, args.output, args.tokenizer, args.image_processor)
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"{args.output}: NoteLLM-2 {model.config.prompt_mode}, {total:,} parameters")
     return DONE

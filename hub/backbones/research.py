@@ -1,4 +1,4 @@
-"""Reads a checkpoint of the research code: its settings, its state dict, and where each of its weights goes in our model."""
+"""A checkpoint of the research code as our model: its settings, its state dict, where each weight goes, and the folder."""
 
 import json
 import pickle
@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from hub.backbones.qwen import qwen2_config, qwen2_weights
-from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model
+from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
+from training.tables.commands.files import atomic_write
 
 
 # Research name -> ours, tried in order. Longest and most special first.
@@ -133,3 +135,32 @@ def convert(weights: dict[str, torch.Tensor], research_config: dict[str, Any]) -
         )
     model.load_state_dict(state)
     return model.eval()
+
+
+def save_converted(model: NoteLLM2Model, output: Path, tokenizer: str | None, image_processor: str | None) -> None:
+    """Write a model's folder, which appears only when it is complete.
+
+    Args:
+        tokenizer, image_processor: ids or folders of the backbones' own, for a processor beside the model; None: none.
+
+    Raises:
+        ValueError: when the tokenizer is not the one that the checkpoint was trained with.
+    """
+    with atomic_write(output) as place:
+        model.save_pretrained(place)
+        if tokenizer is not None:
+            processor = NoteLLM2Processor.from_vision_text_pretrained(
+                AutoImageProcessor.from_pretrained(image_processor),
+                AutoTokenizer.from_pretrained(tokenizer),
+                num_query_tokens=model.config.num_query_tokens,
+                micl=model.config.micl,
+                early_fusion=model.config.early_fusion,
+            )
+            ours = (model.config.image_token_id, model.config.visual_embedding_token_id)
+            theirs = (processor.image_token_id, processor.visual_embedding_token_id)
+            if ours != theirs:
+                raise ValueError(
+                    f"The tokenizer gives <IMG> and <IMG_EMB> the ids {theirs}, the checkpoint has {ours}: use the tokenizer "
+                    "that the checkpoint was trained with."
+                )
+            processor.save_pretrained(place)

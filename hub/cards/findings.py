@@ -58,8 +58,9 @@ def _of_evaluation(evaluation: Metrics) -> dict[str, Any]:
     after: dict[str, float] = {}
     for name, protocols in evaluation["metrics"].items():
         measured = [protocols["published"], *([protocols["labels"]] if protocols.get("labels") else [])]
-        for metric, interval in (pair for one in measured for pair in one["metrics"].items()):
-            after[f"{name}/{metric}"] = interval["value"]
+        for protocol_figures in measured:
+            for metric, interval in protocol_figures["metrics"].items():
+                after[f"{name}/{metric}"] = interval["value"]
     whole = evaluation["metrics"].get("both", {})
     chance = {**whole.get("published", {}).get("random", {}), **((whole.get("labels") or {}).get("random") or {})}
     sizes = {key: whole["published"][key] for key in ("queries", "candidates")} if whole else {}
@@ -213,15 +214,15 @@ class _Comparison:
     def __init__(self, queries: int):
         self.queries = queries
 
-    def sign(self, one: float, other: float) -> int:
-        """1 or -1 where `one` is clearly larger or smaller, else 0."""
-        error = math.sqrt((one * (1 - one) + other * (1 - other)) / self.queries) if self.queries else 0.0
-        return 0 if abs(one - other) <= 2 * error else (1 if one > other else -1)
+    def sign(self, value: float, other: float) -> int:
+        """1 or -1 where `value` is clearly larger or smaller, else 0."""
+        error = math.sqrt((value * (1 - value) + other * (1 - other)) / self.queries) if self.queries else 0.0
+        return 0 if abs(value - other) <= 2 * error else (1 if value > other else -1)
 
-    def sentence(self, name: str, one: float, other_name: str, other: float) -> str:
+    def sentence(self, name: str, value: float, other_name: str, other: float) -> str:
         """Both figures and which is better."""
-        verdict = {1: "better than", 0: "not clearly different from", -1: "worse than"}[self.sign(one, other)]
-        return f"{name} ({one:.3f}) is {verdict} {other_name} ({other:.3f})"
+        verdict = {1: "better than", 0: "not clearly different from", -1: "worse than"}[self.sign(value, other)]
+        return f"{name} ({value:.3f}) is {verdict} {other_name} ({other:.3f})"
 
 
 def protocol(metrics: Metrics) -> str:

@@ -91,8 +91,8 @@ def test_the_metrics_are_those_of_the_saved_model(options, tmp_path, dtype):
     saved = AutoModel.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True)
     collate = ItemCollator(AutoProcessor.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True))
     assert saved.dtype == torch.float32
-    found = evaluate(saved, collate, data.eval_items, data.eval_pairs, data.labels)
-    assert {name: found[name] for name in report["after"]} == report["after"]
+    measured = evaluate(saved, collate, data.eval_items, data.eval_pairs, data.labels)
+    assert {name: measured[name] for name in report["after"]} == report["after"]
 
 
 def test_an_llm_that_is_only_read_stays_as_it_is_stored(options, tmp_path):

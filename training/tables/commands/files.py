@@ -128,13 +128,13 @@ def _put(place: Path, target: Path, partial: Path) -> None:
     place.replace(target)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(folder: Path, other: Path) -> bool:
     """Let two folders of a file system swap names in one step; False where that can't be done."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):  # no Linux
         return False
-    return rename(AT_WORKING_FOLDER, os.fsencode(one), AT_WORKING_FOLDER, os.fsencode(other), EXCHANGE) == 0
+    return rename(AT_WORKING_FOLDER, os.fsencode(folder), AT_WORKING_FOLDER, os.fsencode(other), EXCHANGE) == 0
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -35,6 +35,9 @@ class CardArguments:
         default=None, metadata={"help": "Hub ids of both backbones; none: those that the model's config names."}
     )
     plots: list[str] | None = field(default=None, metadata={"help": "PNG files to show; copied into DIR/assets."})
+    mteb: list[str] = field(
+        default_factory=list, metadata={"help": "scores.json of hub/mteb_task.py, or result files of mteb."}
+    )
     replace: bool = field(default=False, metadata={"help": "Replace a README.md that this command didn't write."})
 
 
@@ -43,7 +46,7 @@ def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     (arguments,) = parse(CardArguments, options=options)
     card = Output("--model", Path(arguments.model), (CARD,))
-    check_inputs([card], (arguments.metrics, *(arguments.plots or ())))
+    check_inputs([card], (arguments.metrics, *(arguments.plots or ()), *arguments.mteb))
     with locked(card.lock, card.path):
         path = write_card(
             arguments.model,
@@ -54,6 +57,7 @@ def main(options: Sequence[str] | None = None) -> int | None:
             datasets=arguments.datasets,
             base_models=arguments.base_models,
             plots=arguments.plots or (),
+            mteb=arguments.mteb,
             replace=arguments.replace,
         )
     print(f"{path}: {len(path.read_text(encoding='utf-8').splitlines())} lines")

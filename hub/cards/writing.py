@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hub.cards.findings import eval_results, findings, model_metrics, protocol, read_metrics, results_table
 from hub.cards.model import DescribedModel, check_id, is_hub_id, read_model
+from hub.cards.mteb_scores import mteb_results, read_scores
 from training.tables.commands.files import atomic_write, write_text
 from training.tables.commands.hashes import check_weights, weights_of
 from training.tables.commands.outputs import stranger_at
@@ -64,6 +65,7 @@ def write_card(
     datasets: Sequence[str] | None = None,
     base_models: Sequence[str] | None = None,
     plots: Sequence[str | Path] = (),
+    mteb: Sequence[str | Path] = (),
     replace: bool = False,
 ) -> Path:
     """Writes README.md into a model's folder; returns its path.
@@ -79,6 +81,7 @@ def write_card(
         base_models: Hub ids of the backbones (of an adapter: of its base). None: as config.json (adapter_config.json) has
             them.
         plots: PNG files, copied into `assets/` and linked relatively.
+        mteb: files with scores of mteb (`hub.cards.mteb_scores`).
         replace: also a README.md that this function didn't write.
 
     Raises:
@@ -96,7 +99,9 @@ def write_card(
         check_id(hub_id)
     name = (repo_id or folder.resolve().name).split("/")[-1]
     bases = list(base_models) if base_models is not None else [name for name in model.bases.values() if is_hub_id(name)]
+    scores = read_scores(mteb, weights_of(folder))
     results = eval_results(measured, datasets[0] if datasets else None, ", ".join(datasets or []) or "own items")
+    results += mteb_results(scores)
     data = ModelCardData(
         library_name=LIBRARY,
         pipeline_tag=TASK,
@@ -123,10 +128,11 @@ def write_card(
         findings=findings(measured),
         results=results_table(measured),
         protocol=protocol(measured),
+        mteb=scores,
         plots=copy_plots(plots, folder, replace),
         data=rows_of(measured.get("counts", {}), COUNTS),
         training=rows_of({**measured.get("settings", {}), **measured.get("counts", {})}, SETTINGS),
-        limits=limits(model, measured, license),
+        limits=limits(model, measured, license, bool(scores)),
         marker=MARKER,
     )
     check_card(str(card))
@@ -161,8 +167,8 @@ def rows_of(values: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[s
     ]
 
 
-def limits(model: DescribedModel, metrics: Mapping[str, Any], license: str | None) -> list[str]:
-    """Where the model stops, as far as its folder and figures tell."""
+def limits(model: DescribedModel, metrics: Mapping[str, Any], license: str | None, has_scores: bool) -> list[str]:
+    """Where the model stops, as far as its folder and figures tell; `has_scores`: of mteb."""
     sentences = []
     if model.limits:
         read = " and ".join(f"{count} characters of the {name}" for name, count in model.limits.items())
@@ -173,7 +179,7 @@ def limits(model: DescribedModel, metrics: Mapping[str, Any], license: str | Non
             f"The prompt around an item is {wording}; items in other languages were not looked at separately."
         )
     counts = metrics.get("counts", {})
-    if not metrics:
+    if not metrics and not has_scores:
         sentences.append("Nothing was measured for this card: no metrics were given to the command that wrote it.")
     elif "train_pairs" in counts:
         sentences.append(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from hub.benchmark.folder import CATEGORIES, write_task
+from hub.cards.writing import write_card
 from hub.mteb_task import main
 from modeling_notellm2 import NoteLLM2Model
 from tests.support.machine import require_mteb
@@ -200,6 +202,10 @@ def test_the_command_measures_any_models(tables, tiny_model_folder, tmp_path, ca
     printed = capsys.readouterr().out
     assert f"{report['models'][1]['main_score']:.3f}" in printed
     assert f"{report['models'][1]['main_score']:.3f}" in (tmp_path / "out" / "scores.md").read_text()
+    card = write_card(shutil.copytree(tiny_model_folder, tmp_path / "carded"), mteb=[tmp_path / "out" / "scores.json"])
+    (entry,) = ModelCard.load(card).data.eval_results
+    assert (entry.metric_type, entry.metric_value) == ("ndcg_at_10", report["models"][0]["main_score"])
+    assert (entry.dataset_name, entry.source_name) == ("Catalogue (default)", "MTEB")
     # a text model is shown each item's one line
     task = task_of.catalogue_task(tmp_path / "out" / "task", "t2t", "Texts")
     again = mteb.evaluate(SentenceTransformer(str(texts), device="cpu"), task, cache=None, co2_tracker=False)

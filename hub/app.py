@@ -15,7 +15,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from training.tables.commands.bounds import Bounds, check_bounds
 from training.tables.commands.handler import DONE, command, parse
 from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
 
@@ -54,9 +56,12 @@ class AppArguments:
         default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),  # which a Space sets
         metadata={"help": "Address to listen at; 0.0.0.0 for all."},
     )
-    port: int = field(
+    port: Annotated[int, Bounds(0, 65_535)] = field(
         default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")), metadata={"help": "Port to listen at."}
     )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @command("hub/app.py")

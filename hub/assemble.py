@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -22,6 +22,7 @@ from hub.backbones.layers import keep_layers
 from hub.backbones.packaged import load_efficientnet_lite0, load_smollm2
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 from modeling_notellm2.backbones_notellm2 import load_language_model
+from training.tables.commands.bounds import Bounds, NotNegative, Seed, check_bounds
 from training.tables.commands.files import atomic_write, write_json
 from training.tables.commands.handler import DONE, command, parse
 from training.tables.commands.outputs import Output, check_strangers, claimed
@@ -49,24 +50,33 @@ class AssembleArguments:
     text_layers: str | None = field(
         default=None, metadata={"help": "Keep only these layers of the LLM: 8 for the first eight, or 0-7,22-25."}
     )
-    num_query_tokens: int = field(default=16, metadata={"help": "Visual tokens of each image."})
-    embedding_dim: int = field(default=64, metadata={"help": "Width of the embeddings; 0: that of the LLM."})
-    qformer_layers: int = field(default=6, metadata={"help": "Layers of the Q-Former."})
-    qformer_hidden_size: int = field(
+    num_query_tokens: Annotated[int, Bounds(1, 4096)] = field(
+        default=16, metadata={"help": "Visual tokens of each image."}
+    )
+    embedding_dim: Annotated[int, Bounds(0, 65_536)] = field(
+        default=64, metadata={"help": "Width of the embeddings; 0: that of the LLM."}
+    )
+    qformer_layers: Annotated[int, Bounds(1, 1000)] = field(default=6, metadata={"help": "Layers of the Q-Former."})
+    qformer_hidden_size: Annotated[int, Bounds(1, 65_536)] = field(
         default=768, metadata={"help": "Width of the Q-Former; its inner layer has 4 times."}
     )
-    qformer_heads: int = field(default=12, metadata={"help": "Attention heads of the Q-Former."})
+    qformer_heads: Annotated[int, Bounds(1, 4096)] = field(
+        default=12, metadata={"help": "Attention heads of the Q-Former."}
+    )
     micl: bool = field(default=True, metadata={"help": "Multimodal in-context learning: a visual embedding as well."})
     early_fusion: bool = field(default=True, metadata={"help": "Visual tokens enter the LLM."})
     late_fusion: bool = field(default=True, metadata={"help": "A gate mixes the summary feature into the embeddings."})
     prompt_language: str = field(default="zh", metadata={"help": "Wording of the prompt: zh (published) or en."})
-    max_title_length: int = field(default=20, metadata={"help": "Characters of the title that are read."})
-    max_content_length: int = field(default=80, metadata={"help": "Characters of the content that are read."})
+    max_title_length: NotNegative = field(default=20, metadata={"help": "Characters of the title that are read."})
+    max_content_length: NotNegative = field(default=80, metadata={"help": "Characters of the content that are read."})
     check: bool = field(
         default=True,
         metadata={"help": "Try the LLM, and load the result and compare, before it takes its place; seconds."},
     )
-    seed: int = field(default=0, metadata={"help": "Of everything that starts at random."})
+    seed: Seed = field(default=0, metadata={"help": "Of everything that starts at random."})
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 def assemble(arguments: AssembleArguments) -> tuple[NoteLLM2Model, NoteLLM2Processor]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from hub.benchmark.folder import CATEGORIES, SPLIT, write_task
 from modeling_notellm2 import choose_precision
-from training.tables.commands.bounds import AtLeastOne, NotNegative, check_bounds
+from training.tables.commands.bounds import AtLeastOne, Processes, check_bounds
 from training.tables.commands.files import remove_files, write_json, write_text
 from training.tables.commands.handler import FileError
 from training.tables.commands.hashes import weights_of
@@ -55,7 +55,7 @@ class TaskArguments:
         default=None, metadata={"help": "Take the items whose column `split` says this; none: all."}
     )
     batch_size: AtLeastOne = field(default=32, metadata={"help": "Items embedded at once."})
-    num_workers: NotNegative = field(default=0, metadata={"help": "Processes that open images to check them."})
+    num_workers: Processes = field(default=0, metadata={"help": "Processes that open images to check them."})
     device: str = device_option()
     dtype: str = dtype_option()
     trust_remote_code: bool = field(

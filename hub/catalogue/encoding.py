@@ -17,7 +17,7 @@ from hub.catalogue.encoder import EncodedBlock, ItemEncoder, Rows
 from hub.catalogue.engines import encode_here
 from hub.catalogue.shards import ARROW_TYPES, Plan, ShardWriter, close_job, open_job, read_rejects
 from modeling_notellm2 import Precision, choose_precision
-from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
+from training.tables.commands.bounds import AtLeastOne, Bounds, Processes, check_bounds
 from training.tables.commands.hashes import file_sha256
 from training.tables.commands.model_folder import loading
 from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
@@ -63,7 +63,7 @@ class EncodeArguments:
     rows_per_shard: AtLeastOne = field(
         default=8192, metadata={"help": "Rows of a shard, a multiple of --rows_per_block; a kill loses less than one."}
     )
-    num_workers: NotNegative = field(
+    num_workers: Processes = field(
         default=min(8, max(1, (os.cpu_count() or 2) // 2)),
         metadata={"help": "Processes that open pictures and tokenize while the model runs; 0: no extra process."},
     )
@@ -74,11 +74,13 @@ class EncodeArguments:
     ray_address: str | None = field(
         default=None, metadata={"help": "Of a running Ray cluster, or 'auto'; none: this machine alone."}
     )
-    ray_actors: AtLeastOne = field(default=1, metadata={"help": "With Ray: processes that run the model."})
+    ray_actors: Annotated[int, Bounds(1, 100_000)] = field(
+        default=1, metadata={"help": "With Ray: processes that run the model."}
+    )
     ray_cpus_per_actor: AtLeastOne = field(
         default=1, metadata={"help": "With Ray: CPUs, and threads, of each of them."}
     )
-    ray_gpus_per_actor: Annotated[float, Bounds(0)] = field(
+    ray_gpus_per_actor: Annotated[float, Bounds(0, 1000)] = field(
         default=0.0, metadata={"help": "With Ray: GPUs of each of them."}
     )
 

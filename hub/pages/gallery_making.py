@@ -10,7 +10,7 @@ from hub.catalogue.encoder import ItemEncoder
 from hub.pages.gallery import write_gallery
 from hub.pages.gallery_items import EmbeddedItems, choose_queries, embed_catalogue, read_partners
 from modeling_notellm2 import choose_precision
-from training.tables.commands.bounds import AtLeastOne, check_bounds
+from training.tables.commands.bounds import AtLeastOne, Seed, check_bounds
 from training.tables.commands.files import atomic_writes, write_text
 from training.tables.commands.model_folder import loading
 from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
@@ -40,7 +40,7 @@ class GalleryArguments:
     batch_size: AtLeastOne = field(default=32, metadata={"help": "Items in a batch."})
     device: str = device_option()
     dtype: str = dtype_option()
-    seed: int = field(default=0, metadata={"help": "Of the draw of queries."})
+    seed: Seed = field(default=0, metadata={"help": "Of the draw of queries."})
 
     def __post_init__(self) -> None:
         check_bounds(self)

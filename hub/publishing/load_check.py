@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hub.publishing.checks import Fault
+from training.tables.commands.files import scratch_folder
 
 
 PROBE = """
@@ -64,8 +65,8 @@ def load_faults(folder: Path, needs_network: bool = False) -> list[Fault]:
     """
     # An adapter has no config of its own, so sentence-transformers can't tell what it is.
     with_sentence_transformers = find_spec("sentence_transformers") is not None and not needs_network
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "HF_MODULES_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"}
+    with scratch_folder(Path(tempfile.gettempdir()), "publish") as cache:
+        environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "TOKENIZERS_PARALLELISM": "false"}
         if not needs_network:
             environment["HF_HUB_OFFLINE"] = "1"
         command = [sys.executable, "-I", "-c", PROBE, str(folder.resolve()), str(with_sentence_transformers)]

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -63,22 +64,30 @@ def ended_at_random(processes, name, inputs, place, signal_number, moment: float
 
 
 def kill_again_and_again(name, times, processes, inputs, undisturbed, place) -> None:
+    """Kill a job so many times. One that was done before begins anew, every second time beside the older result."""
     finished, result = undisturbed(name)
     prepare(name, inputs, place)
     moments = random.Random(f"{name} {times}")
-    start = time.monotonic()
-    run_job(processes, name, inputs, place)
-    seconds = time.monotonic() - start
-    for path in sorted(place.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    prepare(name, inputs, place)
-    codes = []
-    for _ in range(times):
-        moment = moments.uniform(0, seconds)
-        codes.append(ended_at_random(processes, name, inputs, place, signal.SIGKILL, moment)[0])
+    seconds, kills, ends = 1.0, 0, 0
+    while kills < times:
+        code, lines = ended_at_random(processes, name, inputs, place, signal.SIGKILL, moments.uniform(0, seconds))
         check_what_stands(name, place, finished, result)
-    assert codes.count(-signal.SIGKILL) >= times / 3, codes
+        if code == -signal.SIGKILL:
+            kills += 1
+            seconds *= 1.2
+            continue
+        assert code in (0, 3), lines[-5:]
+        seconds *= 0.7
+        ends += 1
+        if ends % 2:
+            clear(place)
+            prepare(name, inputs, place)
     check_end(name, processes, inputs, place, result)
+
+
+def clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.mark.slow

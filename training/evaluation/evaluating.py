@@ -12,7 +12,7 @@ from training.evaluation.measuring import MeasureOptions
 from training.evaluation.slices import count_in_pairs
 from training.reporting.evaluation_plots import EVALUATION
 from training.reporting.evaluation_tables import show
-from training.tables.commands.bounds import AtLeastOne, NotNegative, check_bounds
+from training.tables.commands.bounds import AtLeastOne, Processes, check_bounds
 from training.tables.commands.hashes import weights_of
 from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
 from training.tables.commands.outputs import Output, claimed
@@ -62,7 +62,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "Pair table of the training, for slices by popularity and of unseen items."}
     )
     batch_size: AtLeastOne = field(default=32, metadata={"help": "Items embedded at once."})
-    num_workers: NotNegative = field(default=0, metadata={"help": "Processes that open images."})
+    num_workers: Processes = field(default=0, metadata={"help": "Processes that open images."})
     device: str = device_option()
     dtype: str = dtype_option()
 

@@ -21,7 +21,7 @@ from training.evaluation.retrieval import (
     rank_all_targets,
     rank_targets,
 )
-from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
+from training.tables.commands.bounds import Bounds, NotNegative, Seed, check_bounds
 
 
 MOST_K = 1_000_000
@@ -35,11 +35,11 @@ class MeasureOptions:
     ks: list[Annotated[int, Bounds(1, MOST_K)]] = field(
         default_factory=lambda: [1, 10, 100], metadata={"help": "Cut-offs of recall@k and nDCG@k."}
     )
-    resamples: AtLeastOne = field(
+    resamples: Annotated[int, Bounds(1, 1_000_000)] = field(
         default=1000, metadata={"help": "Draws of the bootstrap, and of the permutation test."}
     )
     confidence: Annotated[float, Bounds(0, 1, open=True)] = field(default=0.95, metadata={"help": "Of the intervals."})
-    seed: NotNegative = field(default=0, metadata={"help": "Of all draws."})
+    seed: Seed = field(default=0, metadata={"help": "Of all draws."})
     length_thresholds: list[NotNegative] = field(
         default_factory=list,
         metadata={

@@ -23,7 +23,7 @@ import ibis
 from ibis import Table
 from ibis.expr.types import BooleanValue, Column, FloatingValue, IntegerValue
 
-from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
+from training.tables.commands.bounds import MANY, AtLeastOne, Bounds, NotNegative, check_bounds
 
 
 IDS = ("user_id", "item_id")
@@ -70,8 +70,10 @@ class MiningArguments:
     timestamp_unit: str = field(
         default="s", metadata={"help": "Unit of timestamps that are numbers, since 1970: s, ms or us."}
     )
-    window_days: float = field(default=7.0, metadata={"help": "B counts at most this many days after A."})
-    session_gap_minutes: float | None = field(
+    window_days: Annotated[float, Bounds(0, 3_652_059)] = field(
+        default=7.0, metadata={"help": "B counts at most this many days after A."}
+    )
+    session_gap_minutes: Annotated[float, Bounds(0)] | None = field(
         default=None,
         metadata={"help": "A pause longer than this ends a session, and pairs don't reach across; none: no sessions."},
     )
@@ -86,11 +88,11 @@ class MiningArguments:
     top_targets: NotNegative = field(
         default=10, metadata={"help": "Keep this many of the best targets of each item (ties: the lower id); 0: all."}
     )
-    popularity_cap: float = field(
+    popularity_cap: Annotated[float, Bounds(1e-9, 1)] = field(
         default=1.0,
         metadata={"help": "Items of more than this share of the users form no pairs; N_u still counts them."},
     )
-    max_items_per_user: Annotated[int, Bounds(2)] = field(
+    max_items_per_user: Annotated[int, Bounds(2, MANY)] = field(
         default=1000,
         metadata={"help": "Users of more different items are taken for robots: as if they were not in the log."},
     )
@@ -118,6 +120,7 @@ class MiningArguments:
     spark_master: str = field(default="local[*]", metadata={"help": "Spark's master, where no session runs yet."})
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if (self.split_time is None) != (self.test_output is None):
             raise MiningError("--split_time and --test_output belong together: give both or neither.")
         if self.timestamp_unit not in MILLISECONDS:
@@ -126,9 +129,6 @@ class MiningArguments:
             raise MiningError(f"--engine is {self.engine!r}; expected duckdb or pyspark.")
         if not 0 < self.window_ms <= LAST_TIME or (self.session_gap_ms is not None and self.session_gap_ms <= 0):
             raise MiningError("--window_days and --session_gap_minutes must be at least a millisecond.")
-        if not 0 < self.popularity_cap <= 1:
-            raise MiningError(f"--popularity_cap is {self.popularity_cap}; a share of the users lies above 0, up to 1.")
-        check_bounds(self)
         if self.lower_score > self.upper_score:
             raise MiningError(f"--lower_score {self.lower_score} is above --upper_score {self.upper_score}.")
 

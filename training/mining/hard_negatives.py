@@ -21,7 +21,7 @@ from modeling_notellm2 import choose_precision
 from training.batches.collators import ItemCollator
 from training.batches.false_negatives import KnownPositives, image_hashes, text_hashes
 from training.evaluation.embed import embed
-from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, check_bounds
+from training.tables.commands.bounds import AtLeastOne, Bounds, Processes, check_bounds
 from training.tables.commands.files import atomic_write
 from training.tables.commands.handler import OptionError
 from training.tables.commands.model_folder import loading
@@ -53,7 +53,7 @@ class HardNegativesArguments:
     )
     neighbours: AtLeastOne = field(default=100, metadata={"help": "Nearest items of a query that are considered."})
     batch_size: AtLeastOne = field(default=64, metadata={"help": "Items embedded at once."})
-    num_workers: NotNegative = field(default=0, metadata={"help": "Processes that open images to hash them."})
+    num_workers: Processes = field(default=0, metadata={"help": "Processes that open images to hash them."})
     device: str = device_option()
     dtype: str = dtype_option()
 

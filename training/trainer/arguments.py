@@ -4,12 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import yaml
 from transformers import TrainingArguments
 
 from modeling_notellm2 import DTYPES, Precision, choose_precision
+from training.tables.commands.bounds import MANY, AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands.handler import OptionParser
 from training.tables.commands.options import encoding_option, split_option
 
@@ -25,6 +27,38 @@ FIXED = {
 }
 """Options of Trainer that this training depends on, with the value that they have."""
 
+_RATE, _COUNT, _STEPS = Bounds(0, 1000), Bounds(1, MANY), Bounds(0, MANY)
+OF_TRAINER = {
+    **dict.fromkeys(("learning_rate", "weight_decay"), _RATE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), Bounds(0, 1)),
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "save_total_limit",
+        ),
+        _COUNT,
+    ),
+    **dict.fromkeys(
+        (
+            "warmup_steps",
+            "num_train_epochs",
+            "save_steps",
+            "eval_steps",
+            "logging_steps",
+            "eval_delay",
+            "max_grad_norm",
+        ),
+        _STEPS,
+    ),
+    **dict.fromkeys(("dataloader_num_workers", "dataloader_prefetch_factor"), Bounds(0, 1000)),
+    **dict.fromkeys(("seed", "data_seed"), Bounds(0, 2**32 - 1)),
+    "max_steps": Bounds(-1, MANY),
+}
+"""Bounds of Trainer's own numbers, of which it checks hardly any."""
+Share = Annotated[float, Bounds(0, 1)]
+
 
 @dataclass
 class ModelArguments:
@@ -32,9 +66,13 @@ class ModelArguments:
 
     model: str = field(metadata={"help": "Folder or Hub id of a NoteLLM-2 model with its processor."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the LLM; 0 trains the LLM in full."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA: its update is multiplied by alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
+    lora_r: Annotated[int, Bounds(0, 65_536)] = field(
+        default=0, metadata={"help": "Rank of LoRA on the LLM; 0 trains the LLM in full."}
+    )
+    lora_alpha: NotNegative = field(
+        default=32, metadata={"help": "Scale of LoRA: its update is multiplied by alpha / r."}
+    )
+    lora_dropout: Share = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Modules of the LLM (never of the rest) that get LoRA: names, or all-linear."},
@@ -48,6 +86,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if not self.lora_r and (self.use_dora or self.load_in_4bit or self.merge_adapter):
             raise ValueError("use_dora, load_in_4bit and merge_adapter need LoRA: set lora_r above 0.")
         if self.load_in_4bit and self.merge_adapter:
@@ -88,15 +127,15 @@ class DataArguments:
         default=True, metadata={"help": "Items with one image aren't each other's negatives."}
     )
     mask_same_text: bool = field(default=True, metadata={"help": "Items with one text aren't each other's negatives."})
-    image_dropout: float = field(default=0.0, metadata={"help": "Probability that an item with text loses its images."})
-    text_dropout: float = field(default=0.0, metadata={"help": "Probability that an item with images loses its text."})
+    image_dropout: Share = field(default=0.0, metadata={"help": "Probability that an item with text loses its images."})
+    text_dropout: Share = field(default=0.0, metadata={"help": "Probability that an item with images loses its text."})
     cache_vision_features: bool = field(
         default=False, metadata={"help": "Run the frozen vision encoder once and keep its output on disk (16 bit)."}
     )
     vision_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder of cached vision features; none: in the cache of `datasets`."}
     )
-    vision_cache_gb: float = field(
+    vision_cache_gb: Annotated[float, Bounds(0, 1_000_000)] = field(
         default=50.0, metadata={"help": "Largest size of it; images beyond are decoded in every epoch."}
     )
     report: bool = field(
@@ -106,6 +145,9 @@ class DataArguments:
     report_baselines: bool = field(
         default=False, metadata={"help": "Measure frozen features and a linear map on them under the same protocol."}
     )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass
@@ -124,7 +166,7 @@ class NoteLLM2TrainingArguments(TrainingArguments):
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of everything the run writes."})
     learning_rate: float = field(default=3e-6, metadata={"help": "For the LLM or its LoRA."})
-    connector_learning_rate: float | None = field(
+    connector_learning_rate: Annotated[float, Bounds(0, 1000)] | None = field(
         default=None,
         metadata={
             "help": "For what starts new: Q-Former, query tokens, projector, late fusion, reduction, logit scale; "
@@ -135,7 +177,7 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 the share of all steps."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the train pairs."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs in a batch; each is two items."})
-    chunk_size: int = field(
+    chunk_size: NotNegative = field(
         default=0,
         metadata={"help": "Items embedded at once in a training step (GradCache): memory for one chunk; 0: all."},
     )
@@ -151,7 +193,7 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             "help": "FSDP: spread the frozen vision encoder too; else each process holds it whole, which needs no exchange."
         },
     )
-    matryoshka_dims: list[int] = field(
+    matryoshka_dims: list[AtLeastOne] = field(
         default_factory=list, metadata={"help": "Widths of prefixes that are trained as embeddings too."}
     )
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Items in a batch of the evaluation."})
@@ -184,6 +226,7 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_bounds(self, OF_TRAINER)
         wrong = [f"{name}: {reason}" for name, (value, reason) in FIXED.items() if getattr(self, name) != value]
         if wrong:
             raise ValueError(f"These options can't be changed. {' '.join(wrong)}")

@@ -10,6 +10,7 @@ class EncodeArguments:
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -40,28 +41,35 @@ class Bounds:
         return " and ".join(words)
 
 
-AtLeastOne = Annotated[int, Bounds(1)]
-NotNegative = Annotated[int, Bounds(0)]
+MANY = 1_000_000_000
+"""More of anything is a slip of the keyboard."""
+AtLeastOne = Annotated[int, Bounds(1, MANY)]
+NotNegative = Annotated[int, Bounds(0, MANY)]
+Processes = Annotated[int, Bounds(0, 1000)]
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 
 
-def check_bounds(options: Any) -> None:
+def check_bounds(options: Any, inherited: Mapping[str, Bounds] | None = None) -> None:
     """Check the numbers of a dataclass against the bounds in its types; None is not a number.
+
+    Args:
+        inherited: bounds of fields whose types are another library's.
 
     Raises:
         OptionError: naming the first option that is out of bounds.
     """
     for name, kind in get_type_hints(type(options), include_extras=True).items():
-        value = getattr(options, name)
-        for bounds in _bounds_in(kind):
+        value = getattr(options, name, None)
+        for bounds in [*bounds_in(kind), *([inherited[name]] if inherited and name in inherited else [])]:
             for number in value if isinstance(value, list) else [value]:
                 if number is not None and not bounds.hold(number):
                     raise OptionError(f"--{name} is {number}; it must be {bounds}.")
 
 
-def _bounds_in(kind: Any) -> list[Bounds]:
+def bounds_in(kind: Any) -> list[Bounds]:
     """The bounds of a type, of its list's members, or of the part that isn't None."""
     own = [mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Bounds)]
-    return own + [bounds for part in get_args(kind) if not isinstance(part, Bounds) for bounds in _bounds_in(part)]
+    return own + [bounds for part in get_args(kind) if not isinstance(part, Bounds) for bounds in bounds_in(part)]
 
 
-__all__ = ["AtLeastOne", "Bounds", "NotNegative", "check_bounds"]
+__all__ = ["MANY", "AtLeastOne", "Bounds", "NotNegative", "Processes", "Seed", "bounds_in", "check_bounds"]

@@ -1,9 +1,14 @@
 """Numbers out of bounds are wrong options, in Python and on the command line, before anything is read or written."""
 
-from dataclasses import dataclass, field
-from typing import Annotated
+import importlib
+import math
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, get_type_hints
 
 import pytest
+from transformers import TrainingArguments
 
 from hub.encode import EncodeArguments
 from hub.encode import main as encode_command
@@ -12,8 +17,9 @@ from hub.index import SearchArguments
 from training.evaluate import EvaluateArguments, MeasureOptions
 from training.hard_negatives import HardNegativesArguments
 from training.mining.cooccurrence import MiningArguments
-from training.tables.commands.bounds import Bounds, check_bounds
+from training.tables.commands.bounds import Bounds, bounds_in, check_bounds
 from training.tables.commands.handler import OptionError
+from training.trainer.arguments import OF_TRAINER, NoteLLM2TrainingArguments
 
 
 @dataclass
@@ -84,3 +90,39 @@ def test_a_command_ends_with_exit_code_2_and_one_line(tmp_path, capsys):
     assert stopped.value.code == 2
     assert "--batch_size is -3; it must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+COMMANDS = [
+    f"{path.parent.name}.{path.stem}" for folder in ("training", "hub") for path in Path(folder).glob("[!_]*.py")
+]
+OF_OTHERS = {option.name for option in fields(TrainingArguments)}
+
+
+def numbers_of(module: str) -> list[tuple[str, str, list[Bounds]]]:
+    """The numeric options of a command: class, name and bounds."""
+    found = []
+    for kind in vars(importlib.import_module(module)).values():
+        if not (isinstance(kind, type) and is_dataclass(kind) and kind.__name__.endswith(("Arguments", "Options"))):
+            continue
+        hints = get_type_hints(kind, include_extras=True)
+        for option in fields(kind):
+            if re.search(r"\b(int|float)\b", str(hints[option.name])):
+                inherited = [OF_TRAINER[option.name]] if option.name in OF_TRAINER else []
+                found.append((kind.__name__, option.name, bounds_in(hints[option.name]) + inherited))
+    return found
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_number_that_is_an_option_has_bounds(module):
+    for kind, name, bounds in numbers_of(module):
+        if name in OF_OTHERS and name not in OF_TRAINER:
+            continue  # which transformers alone reads
+        assert bounds, f"{kind}.{name}"
+        assert not any(limit.hold(value) for limit in bounds for value in (-2, -math.inf, math.nan)), f"{kind}.{name}"
+
+
+@pytest.mark.parametrize("value", [-2, math.nan, math.inf, 1e308, 10**18])
+@pytest.mark.parametrize("name", OF_TRAINER)
+def test_numbers_of_the_trainer_have_bounds_too(name, value):
+    with pytest.raises(OptionError, match=f"--{name} is "):
+        NoteLLM2TrainingArguments(use_cpu=True, **{name: value})

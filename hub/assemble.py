@@ -47,6 +47,13 @@ class AssembleArguments:
     vision: str = field(
         default=PACKAGED_VISION, metadata={"help": "Vision encoder: id, folder, or the packaged efficientnet-lite0."}
     )
+    connector: str = field(
+        default="auto",
+        metadata={
+            "help": "qformer; native: the merger of one checkpoint of pictures and text, given as both halves; "
+            "auto: native if they are one."
+        },
+    )
     text_layers: str | None = field(
         default=None, metadata={"help": "Keep only these layers of the LLM: 8 for the first eight, or 0-7,22-25."}
     )
@@ -86,13 +93,48 @@ def assemble(arguments: AssembleArguments) -> tuple[NoteLLM2Model, NoteLLM2Proce
         ValueError: for backbones or sizes that don't fit together.
         OSError: for an id or folder that holds no backbone.
     """
+    if connector(arguments) == "native":
+        return assemble_native(arguments)
     language_model, tokenizer = load_text(arguments.text, arguments.text_layers)
     vision, image_processor = load_vision(arguments.vision)
     set_seed(arguments.seed)  # after loading, which may draw random numbers of its own
     model = NoteLLM2Model.from_vision_text_pretrained(
-        vision, language_model, check=arguments.check, **config_overrides(arguments)
+        vision, language_model, check=arguments.check, connector="qformer", **config_overrides(arguments)
     )
-    processor = NoteLLM2Processor.from_vision_text_pretrained(
+    return model.eval(), make_processor(arguments, image_processor, tokenizer, model)
+
+
+def connector(arguments: AssembleArguments) -> str:
+    """The connector, where it is left to the halves.
+
+    Raises:
+        ValueError: for one that there is not, or that these halves or options don't go with.
+    """
+    same = arguments.text == arguments.vision
+    chosen = ("native" if same else "qformer") if arguments.connector == "auto" else arguments.connector
+    if chosen not in ("native", "qformer"):
+        raise ValueError(f"--connector is {chosen!r}; expected auto, qformer or native.")
+    if chosen == "native" and not same:
+        raise ValueError("--connector native needs one checkpoint of pictures and text, as --text and as --vision.")
+    if chosen == "native" and arguments.text_layers is not None:
+        raise ValueError("--text_layers goes with --connector qformer; a native connector's checkpoint stays whole.")
+    return chosen
+
+
+def assemble_native(arguments: AssembleArguments) -> tuple[NoteLLM2Model, NoteLLM2Processor]:
+    """One checkpoint as both halves, with its own merger."""
+    set_seed(arguments.seed)
+    model = NoteLLM2Model.from_vision_text_pretrained(
+        arguments.vision, arguments.text, check=arguments.check, connector="native", **config_overrides(arguments)
+    )
+    return model.eval(), make_processor(arguments, arguments.vision, arguments.text, model)
+
+
+def make_processor(
+    arguments: AssembleArguments, image_processor: Any, tokenizer: Any, model: NoteLLM2Model
+) -> NoteLLM2Processor:
+    """The processor of a joined model, which it prepares."""
+    return NoteLLM2Processor.from_vision_text_pretrained(
         image_processor,
         tokenizer,
         model=model,
@@ -100,7 +142,6 @@ def assemble(arguments: AssembleArguments) -> tuple[NoteLLM2Model, NoteLLM2Proce
         max_title_length=arguments.max_title_length,
         max_content_length=arguments.max_content_length,
     )
-    return model.eval(), processor
 
 
 def load_text(source: str, text_layers: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

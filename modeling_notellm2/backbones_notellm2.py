@@ -189,20 +189,24 @@ class ItemTokens:
     vocabulary: int  # tokens that the tokenizer has beside them
 
 
-def item_tokens(tokenizer: PreTrainedTokenizerBase) -> ItemTokens:
+def item_tokens(tokenizer: PreTrainedTokenizerBase, image_token_id: int | None = None) -> ItemTokens:
     """Finds or makes <IMG> and <IMG_EMB> in a tokenizer, changed in place; the same tokenizer always gives the same ids.
 
     A vocabulary that has tokens of these names keeps them; one with reserved tokens (Llama 3, Gemma) lends its last two,
     so that the embedding matrix need not grow; any other is extended. All become special tokens.
+
+    Args:
+        image_token_id: a checkpoint's own placeholder, which then takes the place of <IMG>.
     """
     check_tokenizer(tokenizer)
-    names = [IMAGE_TOKEN, VISUAL_EMBEDDING_TOKEN]
+    names = [_image_token(tokenizer, image_token_id), VISUAL_EMBEDDING_TOKEN]
+    needed = 2 if image_token_id is None else 1
     vocabulary = tokenizer.get_vocab()
     spare: list[str] = []
     if not all(name in vocabulary for name in names):
         spare = sorted((name for name in vocabulary if SPARE_TOKEN.fullmatch(name)), key=lambda name: vocabulary[name])
-    if len(spare) >= 2:
-        names = spare[-2:]
+    if len(spare) >= needed:
+        names[-needed:] = spare[-needed:]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
     image_id, visual_embedding_id = (tokenizer.get_vocab()[name] for name in names)
     taken = {number for name, number in vocabulary.items() if name not in names}
@@ -211,8 +215,18 @@ def item_tokens(tokenizer: PreTrainedTokenizerBase) -> ItemTokens:
             f"{type(tokenizer).__name__} gives {' and '.join(names)} ids that other tokens have: its ids have gaps. Add the two "
             "tokens to the tokenizer yourself, with ids of their own, and save it."
         )
-    appended = min(image_id, visual_embedding_id) >= len(tokenizer) - 2
+    appended = min((image_id, visual_embedding_id)[-needed:]) >= len(tokenizer) - needed
     return ItemTokens(image_id, visual_embedding_id, fresh=bool(spare) or appended, vocabulary=len(taken))
+
+
+def _image_token(tokenizer: PreTrainedTokenizerBase, image_token_id: int | None) -> str:
+    if image_token_id is None:
+        return IMAGE_TOKEN
+    if image_token_id not in tokenizer.get_vocab().values():
+        raise ValueError(
+            f"The tokenizer has no token {image_token_id}, which its checkpoint's config names for pictures."
+        )
+    return str(tokenizer.convert_ids_to_tokens(image_token_id))
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -248,6 +262,8 @@ def fit_token_embeddings(model: PreTrainedModel, tokens: ItemTokens) -> None:
         ValueError: if the rows would be others' in the LLM's own vocabulary.
     """
     ids = [tokens.image_id, tokens.visual_embedding_id]
+    if model.config.connector == "native":
+        ids = ids[1:]  # no visual token reads the other's row
     before = embedding_rows(model).shape[0]
     _check_vocabulary(model, tokens, before)
     if max(ids) >= before:

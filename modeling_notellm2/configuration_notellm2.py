@@ -24,8 +24,11 @@ class NoteLLM2Config(PreTrainedConfig):
             Any decoder-only language model of `AutoModel`. Defaults to `LlamaConfig()`.
         qformer_config (`Blip2QFormerConfig` or `dict`, *optional*):
             The connector. Fields left out take the published values: 6 layers, width 768, 12 heads.
+        connector (`str`, defaults to `"qformer"`):
+            What turns the vision encoder's features into visual tokens: "qformer", the published one; "native", the merger
+            that a checkpoint of pictures and text has itself, whose config is then `text_config` as a whole.
         num_query_tokens (`int`, defaults to 16):
-            Visual tokens that each image becomes in the LLM's input.
+            Visual tokens that each image becomes in the LLM's input; "native" gives its own number.
         early_fusion (`bool`, defaults to `True`):
             Whether visual tokens enter the LLM. Without it there is neither Q-Former nor projector.
         late_fusion (`bool`, defaults to `True`):
@@ -89,6 +92,7 @@ class NoteLLM2Config(PreTrainedConfig):
     vision_config: Any = None
     text_config: Any = None
     qformer_config: Any = None
+    connector: Literal["qformer", "native"] = "qformer"
     num_query_tokens: int = 16
     early_fusion: bool = True
     late_fusion: bool = True
@@ -134,6 +138,10 @@ class NoteLLM2Config(PreTrainedConfig):
             raise ValueError(
                 "early_fusion=False and late_fusion=False leave the image out altogether. Set one of them to True."
             )
+        if self.connector not in ("qformer", "native"):
+            raise ValueError(f"connector is {self.connector!r}; expected qformer or native.")
+        if self.connector == "native" and not self.early_fusion:
+            raise ValueError('connector="native" needs early_fusion=True: its visual tokens enter the LLM.')
         if self.vision_summary not in ("auto", "cls", "pooler", "mean"):
             raise ValueError(f"vision_summary is {self.vision_summary!r}; expected auto, cls, pooler or mean.")
         if self.num_query_tokens < 1:
@@ -147,7 +155,12 @@ class NoteLLM2Config(PreTrainedConfig):
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The LLM's configuration, which transformers asks for vocabulary size, cache and attention settings."""
-        return self.text_config
+        return self.text_config.get_text_config() if self.connector == "native" else self.text_config
+
+    @property
+    def native_image_token_id(self) -> int | None:
+        """The placeholder that a native connector's checkpoint was trained with; None for other connectors."""
+        return self.text_config.image_token_id if self.connector == "native" else None
 
     @property
     def text_width(self) -> int:

@@ -34,7 +34,11 @@ def check_padding(attention_mask: torch.Tensor, padding_side: str | None) -> Non
 
 
 def count_images(
-    config: NoteLLM2Config, input_ids: torch.Tensor, num_images: torch.Tensor | None, total: int
+    config: NoteLLM2Config,
+    input_ids: torch.Tensor,
+    num_images: torch.Tensor | None,
+    total: int,
+    tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Images of each row, checked against placeholders, <IMG_EMB> and the images that came.
 
@@ -42,6 +46,8 @@ def count_images(
         input_ids (`torch.LongTensor` of shape `(n, length)`).
         num_images (`torch.LongTensor` of shape `(n,)`, *optional*): as the processor counted them.
         total: images that came with the batch.
+        tokens (`torch.LongTensor` of shape `(total,)`, *optional*): visual tokens of each image, where a native connector
+            decides; not checked without.
 
     Returns:
         `torch.LongTensor` of shape `(n,)`.
@@ -60,13 +66,25 @@ def count_images(
             "`processor.prepare_model(model)` once after assembling the model."
         )
     placeholders = positions_of(input_ids, config.image_token_id).sum(-1)
+    native = config.connector == "native"
     if num_images is None:
+        if native:
+            raise ValueError("num_images is missing: a native connector's placeholders don't say where an image ends.")
         num_images = placeholders // config.num_query_tokens
     read_outs = positions_of(input_ids, config.visual_embedding_token_id).sum(-1) if config.micl else None
     if not torch.compiler.is_compiling():
-        _check_placeholders(placeholders, num_images * config.num_query_tokens, read_outs, num_images)
+        expected = _tokens_of_rows(num_images, tokens) if native else num_images * config.num_query_tokens
+        _check_placeholders(placeholders, placeholders if expected is None else expected, read_outs, num_images)
         _check_total(num_images, total)
     return num_images
+
+
+def _tokens_of_rows(num_images: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor | None:
+    """Visual tokens of each row's images, `(n,)`."""
+    if tokens is None:
+        return None
+    owner = torch.arange(len(num_images)).repeat_interleave(num_images.cpu())[: len(tokens)]
+    return torch.zeros(len(num_images), dtype=torch.long).index_add(0, owner, tokens.cpu()[: len(owner)])
 
 
 def _check_placeholders(

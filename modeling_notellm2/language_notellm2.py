@@ -80,7 +80,7 @@ def call_language_model(
     """
     if call.positions:
         kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    kwargs |= _understood(model, {"use_cache": False, "return_dict": True})
+    kwargs |= understood(model, {"use_cache": False, "return_dict": True})
     if call.inputs == "embeds":
         return model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
     with _ready_embeddings(model.get_input_embeddings(), inputs_embeds):
@@ -103,7 +103,8 @@ def _ready_embeddings(embedding: nn.Module, ready: torch.Tensor) -> Iterator[Non
         handle.remove()
 
 
-def _understood(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+def understood(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those keywords that the model's forward takes."""
     parameters = inspect.signature(model.forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return kwargs
@@ -204,7 +205,7 @@ def trial_ids(model: PreTrainedModel) -> torch.Tensor:
 
 def own_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """What the model makes of a text alone, called as anybody would."""
-    kwargs = _understood(model, {"use_cache": False, "return_dict": True})
+    kwargs = understood(model, {"use_cache": False, "return_dict": True})
     outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs)
     states = getattr(outputs, "last_hidden_state", None)
     if states is None or states.shape[:2] != ids.shape:
@@ -230,7 +231,7 @@ def _call_like(model: PreTrainedModel, ids: torch.Tensor, own: torch.Tensor) -> 
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
                 errors.append(f"{type(error).__name__}: {error}")
                 continue
-            if not differ(states, own, _tolerance(model)) and differ(others, own, _tolerance(model)):
+            if not differ(states, own, tolerance(model)) and differ(others, own, tolerance(model)):
                 return call
             errors.append("other states than from the token ids, or the same from other embeddings")
     raise UnusableModelError(
@@ -252,7 +253,7 @@ def _tried(model: PreTrainedModel, call: LanguageCall, ids: torch.Tensor, own: t
     mask[2, : length - end] = mask[3, end:] = 0
     embeds = model.get_input_embeddings()(batch)
     states = call_language_model(model, call, batch, embeds, mask).last_hidden_state
-    name, most = type(model).__name__, _tolerance(model)
+    name, most = type(model).__name__, tolerance(model)
     right = not differ(states[3, :end], own[0, :end], most)
     left = not differ(states[2, length - end :], own[0, :end], most)
     alike = (left or right) and not differ(states[0], own[0], most)
@@ -271,7 +272,8 @@ def _tried(model: PreTrainedModel, call: LanguageCall, ids: torch.Tensor, own: t
     return LanguageCall(call.inputs, call.positions, side, call.hidden_size)
 
 
-def _tolerance(model: PreTrainedModel) -> float:
+def tolerance(model: PreTrainedModel) -> float:
+    """How far states may differ, relatively, that are the same but for rounding in the model's type."""
     return TOLERANCE if model.dtype.itemsize >= 4 else TOLERANCE_OF_HALF
 
 

@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from .configuration_notellm2 import NoteLLM2Config
+from .outputs_notellm2 import NoteLLM2Output
+
 
 def contrastive_pair_loss(embeddings: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
     """InfoNCE over a batch of pairs with both members as queries (NoteLLM-2 paper, equation 2).
@@ -57,4 +60,19 @@ def complete_pairs(present: torch.Tensor) -> torch.Tensor:
     return torch.cat([first, first + half])
 
 
-__all__ = ["complete_pairs", "contrastive_pair_loss"]
+def add_losses(output: NoteLLM2Output, config: NoteLLM2Config, logit_scale: torch.Tensor) -> NoteLLM2Output:
+    """Paper, section 3.3: (9 * multimodal + 1 * visual) / 10 with the default weights."""
+    assert output.embeddings is not None
+    assert output.has_image is not None
+    multimodal_loss = contrastive_pair_loss(output.embeddings, logit_scale)
+    output.loss = output.multimodal_loss = multimodal_loss
+    if output.visual_embeddings is not None:
+        rows = complete_pairs(output.has_image).to(output.visual_embeddings.device)
+        visual_loss = contrastive_pair_loss(output.visual_embeddings[rows], logit_scale)
+        visual, multimodal = config.visual_loss_weight, config.multimodal_loss_weight
+        output.visual_loss = visual_loss
+        output.loss = (multimodal * multimodal_loss + visual * visual_loss) / (visual + multimodal)
+    return output
+
+
+__all__ = ["add_losses", "complete_pairs", "contrastive_pair_loss"]

@@ -16,26 +16,21 @@ from transformers import initialization as init
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .backbones_notellm2 import (
-    ItemTokens,
-    base_models,
-    fit_token_embeddings,
-    item_tokens,
-    load_language_model,
-    text_settings,
-    tokenizer_of,
-)
+from .backbones_notellm2 import ItemTokens, fit_token_embeddings, item_tokens, language_stack, tokenizer_of
 from .configuration_notellm2 import NoteLLM2Config
 from .fusion_notellm2 import NoteLLM2LateFusion, NoteLLM2Projector, mean_of_images
 from .inputs_notellm2 import check_padding, count_images, last_position, positions_of, states_at
+from .joining_notellm2 import connector_between, join_dtypes, load_halves, load_native
 from .language_notellm2 import LanguageCall, build_language_model, call_language_model, embedding_rows, takes_positions
-from .loss_notellm2 import complete_pairs, contrastive_pair_loss
+from .loss_notellm2 import add_losses
+from .native_notellm2 import call_native_model, native_features, tokens_of_each, vision_parts
 from .old_checkpoints_notellm2 import read_old_scales, unsqueeze_scale
 from .outputs_notellm2 import NoteLLM2Output
-from .precision_notellm2 import cast_part, keep_precision_apart
+from .precision_notellm2 import keep_precision_apart
 from .saving_notellm2 import write_sentence_transformers_files
-from .towers_notellm2 import build_vision_encoder, load_vision_encoder
-from .vision_notellm2 import VisionFeatures, merge_features, vision_features
+from .towers_notellm2 import build_vision_encoder
+from .vision_features_notellm2 import VisionFeatures, merge_features
+from .vision_notellm2 import vision_features
 from .vision_probe_notellm2 import vision_width
 
 
@@ -96,7 +91,9 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             config.vision_hidden_size = vision_width(config.vision_config, config.vision_feature_layer, vision_model)
         config.qformer_config.encoder_hidden_size = config.vision_hidden_size
         super().__init__(config)
-        self.vision_model = vision_model if vision_model is not None else build_vision_encoder(config.vision_config)
+        self.vision_model = vision_model
+        if vision_model is None and config.connector != "native":
+            self.vision_model = build_vision_encoder(config.vision_config)
         self.language_model = (
             language_model
             if language_model is not None
@@ -105,7 +102,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         self.qformer: nn.Module | None = None
         self.query_tokens: nn.Parameter | None = None
         self.projector: NoteLLM2Projector | None = None
-        if config.early_fusion:
+        if config.early_fusion and config.connector == "qformer":
             self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
             self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
             self.projector = NoteLLM2Projector(config, embedding_rows(self.language_model).shape[-1])
@@ -120,8 +117,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         self._language_call = LanguageCall(
             config.text_inputs, takes_positions(self.language_model) if positions is None else positions
         )
-        if config.freeze_vision:
-            self.vision_model.requires_grad_(False)
+        self._freeze_vision()
         self.post_init()
         keep_precision_apart(self, ("vision_model", "language_model"))
 
@@ -131,8 +127,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         Started from here, transformers would treat them as foreign code and pass over modules without weights of their
         own, in which some families fill buffers that no checkpoint holds.
         """
-        self.vision_model.initialize_weights()
-        self.language_model.initialize_weights()
+        for backbone in filter(None, (self.vision_model, self.language_model)):
+            backbone.initialize_weights()
         super().initialize_weights()
 
     @classmethod
@@ -148,6 +144,9 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         **config_overrides: Any,
     ) -> "NoteLLM2Model":
         """Joins a pretrained vision encoder and a pretrained LLM; everything between them is new and needs training.
+
+        One checkpoint of pictures and text given as both keeps its own merger (`connector: native`), unless
+        `connector="qformer"` asks for a new one.
 
         Where `text` has a tokenizer beside it, <IMG> and <IMG_EMB> are given rows in the LLM's embedding, as
         [`NoteLLM2Processor.from_vision_text_pretrained`] gives them ids; otherwise call `processor.prepare_model(model)`.
@@ -178,35 +177,21 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         if unknown:
             raise ValueError(f"Unknown NoteLLM2Config fields: {', '.join(sorted(unknown))}.")
         text_kwargs = text_kwargs or {}
-        vision_model = load_vision_encoder(vision, **(vision_kwargs or {}))
-        language_model = load_language_model(text, **text_kwargs)
-        halves = {"vision_config": vision_model.config, "text_config": language_model.config}
-        settings: dict[str, Any] = {**halves, "base_models": base_models(vision, text) or None}
-        settings |= text_settings(language_model, check) | config_overrides
-        # A composite config sets these on its parts; what the loaded halves were built with must stay.
-        settings["attn_implementation"] = {name: half._attn_implementation for name, half in halves.items()}
-        settings["experts_implementation"] = {name: half._experts_implementation for name, half in halves.items()}
-        config = NoteLLM2Config(**settings)
+        connector = config_overrides.get("connector") or connector_between(vision, text)
+        load = load_native if connector == "native" else load_halves
+        vision_model, language_model, settings = load(vision, text, vision_kwargs or {}, text_kwargs, check)
+        config = NoteLLM2Config(**(settings | config_overrides))
         model = cls(config, vision_model, language_model)
-        model._join_dtypes(dtype or language_model.dtype)
+        join_dtypes(model, dtype or language_model.dtype)
         if config.image_token_id is None or config.visual_embedding_token_id is None:
             token_kwargs = {
                 k: v for k, v in text_kwargs.items() if k in ("gguf_file", "revision", "token", "subfolder")
             }
             tokenizer = tokenizer_of(text, **token_kwargs)
             if tokenizer is not None:
-                model.set_item_tokens(item_tokens(tokenizer))
-        logger.info("Query tokens, Q-Former, projector, late fusion and reduction are new: train before use.")
+                model.set_item_tokens(item_tokens(tokenizer, config.native_image_token_id))
+        logger.info("Connector, late fusion and reduction are new unless they are native: train before use.")
         return model
-
-    def _join_dtypes(self, dtype: torch.dtype) -> None:
-        """All parts in one dtype. An LLM that has it already stays as it is: some weights of its may be in float32."""
-        for part in self.children():
-            if part is not self.language_model or part.dtype != dtype:
-                cast_part(part, dtype)
-        for parameter in self.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
-        self.config.dtype = dtype
 
     def set_item_tokens(self, tokens: ItemTokens) -> None:
         """Tells the model the ids of <IMG> and <IMG_EMB> and gives them embedding rows."""
@@ -221,7 +206,13 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_decoder(self) -> PreTrainedModel:
-        return self.language_model
+        """The LLM alone."""
+        return language_stack(self.language_model)
+
+    @property
+    def vision_parts(self) -> list[nn.Module]:
+        """What makes the features of pictures, and is frozen with `freeze_vision`; a native merger is among it."""
+        return vision_parts(self.language_model) if self.vision_model is None else [self.vision_model]
 
     def train(self, mode: bool = True) -> "NoteLLM2Model":
         """As for any module, but a frozen vision encoder stays in eval mode (its batch norms must not move).
@@ -229,9 +220,13 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         It is frozen here too: `from_pretrained` makes new parameters, which all take gradients, and then calls `eval`.
         """
         super().train(mode)
-        if self.config.freeze_vision:
-            self.vision_model.requires_grad_(False).eval()
+        self._freeze_vision()
         return self
+
+    def _freeze_vision(self) -> None:
+        if self.config.freeze_vision:
+            for part in self.vision_parts:
+                part.requires_grad_(False).eval()
 
     def get_vision_features(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
@@ -248,6 +243,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             `vision_hidden_states`, `vision_pooler_output` and `vision_attention_mask`.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
+            if self.vision_model is None:
+                return native_features(self.language_model, pixel_values.to(self.language_model.dtype), image_sizes)
             pixel_values = pixel_values.to(self.vision_model.dtype)
             layer, summary = self.config.vision_feature_layer, self.config.vision_summary
             return vision_features(self.vision_model, pixel_values, layer, image_sizes, summary)
@@ -280,6 +277,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         cached_images: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         vision_attention_mask: torch.Tensor | None = None,
+        vision_grids: torch.Tensor | None = None,
         return_loss: bool = False,
         output_vision_features: bool = False,
         **kwargs: Any,
@@ -287,7 +285,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(n, length)`): each image stands as `num_query_tokens` times
-                `config.image_token_id`.
+                `config.image_token_id`, or as many times as its native merger gives tokens.
             attention_mask (`torch.Tensor` of shape `(n, length)`, *optional*): 1 for tokens, 0 for padding on either
                 side. All ones if left out.
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`, *optional*): the images of
@@ -304,6 +302,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
                 `pixel_values`, as the processor gives them.
             vision_attention_mask (`torch.LongTensor` of shape `(images, tokens)`, *optional*): 1 for tokens of
                 `vision_hidden_states`, 0 for padding.
+            vision_grids (`torch.LongTensor` of shape `(images, 3)`, *optional*): patches in time, height and width, for
+                native connectors that give visual tokens places in the plane.
             return_loss (`bool`): read the batch as pairs, rows `i` and `i + n/2`, and add the losses.
             output_vision_features (`bool`): add what the vision encoder gave.
             kwargs: for the LLM, e.g. `output_hidden_states`, `output_attentions`.
@@ -318,21 +318,18 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             attention_mask = torch.ones_like(input_ids)
         features = None
         if vision_hidden_states is not None and vision_pooler_output is not None:
-            features = VisionFeatures(vision_hidden_states, vision_pooler_output, vision_attention_mask)
+            features = VisionFeatures(vision_hidden_states, vision_pooler_output, vision_attention_mask, vision_grids)
         if pixel_values is not None and (features is None or cached_images is not None):
             features = merge_features(self.get_vision_features(pixel_values, image_sizes), features, cached_images)
         total = 0 if features is None else features.pooler_output.shape[0]
         if total == 1 and num_images is not None and not num_images.any():
             total = 0  # the image of nobody
-        counts = count_images(self.config, input_ids, num_images, total)
+        tokens = tokens_of_each(features) if features and total else None
+        counts = count_images(self.config, input_ids, num_images, total, tokens)
         has_image = torch.gt(counts, 0)
 
         check_padding(attention_mask, self.config.padding_side)
-        inputs_embeds = self._embed(input_ids, features)
-        text_ids = self._text_ids(input_ids) if self._language_call.inputs == "ids" else input_ids
-        outputs = call_language_model(
-            self.language_model, self._language_call, text_ids, inputs_embeds, attention_mask, **kwargs
-        )
+        outputs = self._read(input_ids, attention_mask, features, total, **kwargs)
         summary = None if features is None else mean_of_images(features.pooler_output, counts)
         hidden = outputs.last_hidden_state
         embeddings = self._finish(states_at(hidden, last_position(attention_mask)), summary, has_image)
@@ -352,8 +349,30 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             vision_hidden_states=features.last_hidden_state if features and output_vision_features else None,
             vision_pooler_output=features.pooler_output if features and output_vision_features else None,
             vision_attention_mask=features.attention_mask if features and output_vision_features else None,
+            vision_grids=features.grids if features and output_vision_features else None,
         )
-        return self._add_losses(result) if return_loss else result
+        return add_losses(result, self.config, self.logit_scale) if return_loss else result
+
+    def _read(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        features: VisionFeatures | None,
+        total: int,
+        **kwargs: Any,
+    ) -> Any:
+        """The LLM's output for ids in which the first `total` pictures of `features` have placeholders."""
+        if self.config.connector == "native":
+            assert self.config.image_token_id is not None
+            mine = features if total else None
+            return call_native_model(
+                self.language_model, input_ids, attention_mask, self.config.image_token_id, mine, **kwargs
+            )
+        inputs_embeds = self._embed(input_ids, features)
+        text_ids = self._text_ids(input_ids) if self._language_call.inputs == "ids" else input_ids
+        return call_language_model(
+            self.language_model, self._language_call, text_ids, inputs_embeds, attention_mask, **kwargs
+        )
 
     def _embed(self, input_ids: torch.Tensor, features: VisionFeatures | None) -> torch.Tensor:
         """Token embeddings with the visual tokens put where the placeholders stand."""
@@ -381,20 +400,6 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         if self.reduction is not None:
             hidden = self.reduction(hidden.to(self.reduction.weight.device, self.reduction.weight.dtype))
         return F.normalize(hidden.float(), dim=-1).to(hidden.dtype)
-
-    def _add_losses(self, output: NoteLLM2Output) -> NoteLLM2Output:
-        """Paper, section 3.3: (9 * multimodal + 1 * visual) / 10 with the default weights."""
-        assert output.embeddings is not None
-        assert output.has_image is not None
-        multimodal_loss = contrastive_pair_loss(output.embeddings, self.logit_scale)
-        output.loss = output.multimodal_loss = multimodal_loss
-        if output.visual_embeddings is not None:
-            rows = complete_pairs(output.has_image).to(output.visual_embeddings.device)
-            visual_loss = contrastive_pair_loss(output.visual_embeddings[rows], self.logit_scale)
-            visual, multimodal = self.config.visual_loss_weight, self.config.multimodal_loss_weight
-            output.visual_loss = visual_loss
-            output.loss = (multimodal * multimodal_loss + visual * visual_loss) / (visual + multimodal)
-        return output
 
 
 read_old_scales(NoteLLM2Model)

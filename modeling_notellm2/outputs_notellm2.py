@@ -27,8 +27,9 @@ class NoteLLM2Output(ModelOutput):
         logit_scale (`torch.FloatTensor` of shape `(1,)`): logarithm of the factor on the similarities, for a loss
             outside of the model. Where weights are spread over processes, the parameter can be read in here only.
         vision_hidden_states (`torch.FloatTensor` of shape `(images, tokens, vision width)`, *optional*),
-        vision_pooler_output (`torch.FloatTensor` of shape `(images, vision width)`, *optional*) and
-        vision_attention_mask (`torch.LongTensor` of shape `(images, tokens)`, *optional*):
+        vision_pooler_output (`torch.FloatTensor` of shape `(images, vision width)`, *optional*),
+        vision_attention_mask (`torch.LongTensor` of shape `(images, tokens)`, *optional*) and
+        vision_grids (`torch.LongTensor` of shape `(images, 3)`, *optional*):
             of the vision encoder, as `forward` takes them back; with `output_vision_features=True`.
     """
 
@@ -44,6 +45,7 @@ class NoteLLM2Output(ModelOutput):
     vision_hidden_states: torch.Tensor | None = None
     vision_pooler_output: torch.Tensor | None = None
     vision_attention_mask: torch.Tensor | None = None
+    vision_grids: torch.Tensor | None = None
 
 
 __all__ = ["NoteLLM2Output"]

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from .pixels_notellm2 import (
     one_picture_each,
     picture_pixels,
 )
+from .placeholders_notellm2 import native_placeholders
 from .prompts_notellm2 import (
     WORDINGS,
     FieldLimits,
@@ -33,6 +35,7 @@ from .prompts_notellm2 import (
     join_pieces,
     split_slots,
 )
+from .tokenizing_notellm2 import cut, encode, pad, start_ids
 
 
 Item = Mapping[str, Any] | str | Image.Image
@@ -61,6 +64,9 @@ class NoteLLM2Processor(ProcessorMixin):
             The frame of the prompt is never cut.
         max_pixels (`int`, *optional*): a larger picture is scaled down to this many pixels before the image processor
             sees it, which bounds the tokens of encoders that take pictures of any size.
+        native_image_token_id, patches_per_token (`int`, *optional*), image_prefix_ids, image_suffix_ids (`list[int]`,
+            *optional*): of a native connector: its own placeholder in place of <IMG>; patches of a picture that become one
+            token (left out: each picture has `num_query_tokens`); and the ids around a picture's placeholders.
 
     Example:
 
@@ -88,6 +94,10 @@ class NoteLLM2Processor(ProcessorMixin):
         max_topics_tokens: int | None = None,
         max_content_tokens: int | None = None,
         max_pixels: int | None = None,
+        native_image_token_id: int | None = None,
+        patches_per_token: int | None = None,
+        image_prefix_ids: list[int] | None = None,
+        image_suffix_ids: list[int] | None = None,
         chat_template: str | None = None,
     ):
         if prompt_language not in WORDINGS:
@@ -105,7 +115,11 @@ class NoteLLM2Processor(ProcessorMixin):
         self.max_topics_tokens = max_topics_tokens
         self.max_content_tokens = max_content_tokens
         self.max_pixels = max_pixels
-        self._item_tokens = item_tokens(tokenizer)
+        self.native_image_token_id = native_image_token_id
+        self.patches_per_token = patches_per_token
+        self.image_prefix_ids = image_prefix_ids
+        self.image_suffix_ids = image_suffix_ids
+        self._item_tokens = item_tokens(tokenizer, native_image_token_id)
 
     @classmethod
     def from_vision_text_pretrained(
@@ -122,14 +136,18 @@ class NoteLLM2Processor(ProcessorMixin):
             ValueError: for an image processor that gives no `pixel_values` of one picture.
             ImportError: naming the package that the image processor needs.
         """
-        if isinstance(image_processor, (str, os.PathLike)):
+        source = image_processor if isinstance(image_processor, (str, os.PathLike)) else None
+        if source is not None:
             image_processor = load_image_processor(image_processor)
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        one_picture_each(image_processor)
         if model is not None:
+            if model.config.connector == "native":
+                settings = native_placeholders(source, image_processor, tokenizer, model) | settings
+                model.config.num_query_tokens = settings["num_query_tokens"]
             names = ("num_query_tokens", "micl", "early_fusion")
             settings = {**{name: getattr(model.config, name) for name in names}, **settings}
-        one_picture_each(image_processor)
         if keeps_sizes(image_processor):
             settings = {"max_pixels": NATIVE_PIXELS, **settings}
         processor = cls(image_processor, tokenizer, **settings)
@@ -188,6 +206,7 @@ class NoteLLM2Processor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         process_images: bool = True,
+        image_tokens: Sequence[int] | None = None,
         prefix: str | None = None,
         return_tensors: str | None = None,
         padding: bool | str = True,
@@ -201,7 +220,9 @@ class NoteLLM2Processor(ProcessorMixin):
             images, text: instead of items, ready prompts in which <IMG> and <IMG_EMB> do stand for slots, and the images
                 in order (or a list of lists, one for each prompt).
             process_images (`bool`): False leaves out `pixel_values` and opens no image; the slots stay. For features
-                computed before.
+                computed before. Where a native connector gives pictures of different sizes different numbers of tokens,
+                they are opened to be counted, unless `image_tokens` says how many.
+            image_tokens (*optional*): placeholders of each image, in order.
             prefix (`str`, *optional*): an instruction put before the prompt of each item. Always text: it can't hold slots.
             return_tensors (`str`, *optional*): "pt" or "np"; lists if left out.
             padding, padding_side, max_length, pad_to_multiple_of: as for tokenizers. `max_length` pads, never cuts.
@@ -224,14 +245,20 @@ class NoteLLM2Processor(ProcessorMixin):
             rows, sources = self._read_prompts(text, images)
         if prefix:
             rows = [[prefix, *row] for row in rows]
-        data: dict[str, Any] = self._tokenize(rows, padding, padding_side, max_length, pad_to_multiple_of)
+        pictures: list[dict[str, torch.Tensor]] = []
+        if process_images or (self.patches_per_token and image_tokens is None):
+            pictures = self._pictures(sources)
+        if image_tokens is None:
+            slots = sum(row.count(Slot.IMAGE) for row in rows)
+            image_tokens = [self.count_tokens(part) for part in pictures] or [self.num_query_tokens] * slots
+        data: dict[str, Any] = self._tokenize(rows, image_tokens, padding, padding_side, max_length, pad_to_multiple_of)
         data["num_images"] = [len(of_row) for of_row, _ in sources]
         if return_tensors is not None and not rows:  # empty lists would become floats
             data = {"num_images": np.zeros(0, np.int64)} | {
                 name: np.zeros((0, 0), np.int64) for name in ("input_ids", "attention_mask")
             }
-        if process_images and any(data["num_images"]):
-            data |= self._pixels(sources)
+        if process_images and pictures:
+            data |= join_pictures(pictures)
         if not rows and return_tensors is not None:  # an empty list has no type, and torch takes it for floats
             shapes = {"num_images": (0,)}
             data = {name: np.zeros(shapes.get(name, (0, 0)), dtype=np.int64) for name in data}
@@ -278,27 +305,16 @@ class NoteLLM2Processor(ProcessorMixin):
 
     def item_text(self, item: Mapping[str, Any]) -> ItemText:
         """Title, topics and content of an item as they stand in its prompt: cleaned and cut."""
-        return item_text(item, WORDINGS[self.prompt_language], self.limits, self._cut)
+        return item_text(item, WORDINGS[self.prompt_language], self.limits, partial(cut, self.tokenizer))
 
     def _pieces(self, item: Mapping[str, Any]) -> list[Piece]:
         images = len(image_sources(item.get("image")))
         return build_pieces(self.item_text(item), images, self.prompt_mode, WORDINGS[self.prompt_language])
 
-    def _encode(self, texts: list[str], **kwargs: Any) -> Mapping[str, Any]:
-        """Tokenizes texts in which no special token is recognised."""
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **kwargs)
-
-    def _cut(self, text: str, most: int) -> str:
-        """The longest beginning of a text that has at most `most` tokens."""
-        if not self.tokenizer.is_fast:
-            ids = self._encode([text])["input_ids"][0]
-            return text if len(ids) <= most else self.tokenizer.decode(ids[:most]).rstrip("\ufffd")
-        offsets = self._encode([text], return_offsets_mapping=True)["offset_mapping"][0]
-        return text if len(offsets) <= most else text[: offsets[most][0]]
-
     def _tokenize(
         self,
         rows: list[list[Piece]],
+        image_tokens: Sequence[int],
         padding: bool | str,
         padding_side: str | None,
         max_length: int | None,
@@ -306,18 +322,19 @@ class NoteLLM2Processor(ProcessorMixin):
     ) -> dict[str, list[list[int]]]:
         """Ids of each row. Texts between slots are tokenized apart, so that only slots give slots' ids."""
         texts = [piece for row in rows for piece in row if isinstance(piece, str)]
-        encoded = iter(self._encode(texts)["input_ids"] if texts else [])
-        slots = {
-            Slot.IMAGE: [self.image_token_id] * self.num_query_tokens,
-            Slot.VISUAL_EMBEDDING: [self.visual_embedding_token_id],
-        }
+        encoded = iter(encode(self.tokenizer, texts)["input_ids"] if texts else [])
+        prefix, suffix = self.image_prefix_ids or [], self.image_suffix_ids or []
+        images = iter([*prefix, *[self.image_token_id] * count, *suffix] for count in image_tokens)
         reserved = {self.image_token_id, self.visual_embedding_token_id}
-        start = self._start_ids()
+        start = start_ids(self.tokenizer)
         input_ids = []
         for number, row in enumerate(rows):
             ids = list(start)
             for piece in row:
-                part = slots[piece] if isinstance(piece, Slot) else next(encoded)
+                if piece is Slot.IMAGE:
+                    ids.extend(next(images))
+                    continue
+                part = [self.visual_embedding_token_id] if isinstance(piece, Slot) else next(encoded)
                 if isinstance(piece, str) and not reserved.isdisjoint(part):
                     raise ItemError(
                         f"row {number}: {type(self.tokenizer).__name__} turns the text {piece[:60]!r} into the id of <IMG> or "
@@ -325,40 +342,7 @@ class NoteLLM2Processor(ProcessorMixin):
                     )
                 ids.extend(part)
             input_ids.append(ids)
-        return self._pad(input_ids, padding, padding_side, max_length, pad_to_multiple_of)
-
-    def _start_ids(self) -> list[int]:
-        """What the tokenizer puts before a text (a BOS token in Llama's), and nothing of what it puts behind."""
-        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = self.tokenizer("a")["input_ids"]
-        return next((full[:at] for at in range(len(full)) if full[at : at + len(bare)] == bare), [])
-
-    def _pad(
-        self,
-        input_ids: list[list[int]],
-        padding: bool | str,
-        padding_side: str | None,
-        max_length: int | None,
-        multiple: int | None,
-    ) -> dict[str, list[list[int]]]:
-        longest = max(map(len, input_ids), default=0)
-        if padding == "max_length":
-            longest = max(longest, max_length or 0)
-        if multiple:
-            longest = -(-longest // multiple) * multiple
-        if padding in (False, "do_not_pad"):
-            return {"input_ids": input_ids, "attention_mask": [[1] * len(ids) for ids in input_ids]}
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        gaps = [longest - len(ids) for ids in input_ids]
-        if (padding_side or self.tokenizer.padding_side) == "left":
-            return {
-                "input_ids": [[pad] * gap + ids for ids, gap in zip(input_ids, gaps, strict=True)],
-                "attention_mask": [[0] * gap + [1] * (longest - gap) for gap in gaps],
-            }
-        return {
-            "input_ids": [ids + [pad] * gap for ids, gap in zip(input_ids, gaps, strict=True)],
-            "attention_mask": [[1] * (longest - gap) + [0] * gap for gap in gaps],
-        }
+        return pad(self.tokenizer, input_ids, padding, padding_side, max_length, pad_to_multiple_of)
 
     def process_images(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """What the model takes of opened pictures (`images_notellm2.load_image`), each processed alone.
@@ -372,13 +356,19 @@ class NoteLLM2Processor(ProcessorMixin):
         """
         return join_pictures([picture_pixels(self.image_processor, image, self.max_pixels) for image in images])
 
-    def _pixels(self, sources: list[tuple[list[Any], str]]) -> dict[str, torch.Tensor]:
-        """The pictures of the batch, of which one is open at a time."""
-        parts: list[dict[str, torch.Tensor]] = []
+    def count_tokens(self, picture: Mapping[str, torch.Tensor]) -> int:
+        """Placeholders of one processed picture (`process_images`)."""
+        if self.patches_per_token is None:
+            return self.num_query_tokens
+        return int(picture["image_sizes"].prod()) // self.patches_per_token
+
+    def _pictures(self, sources: list[tuple[list[Any], str]]) -> list[dict[str, torch.Tensor]]:
+        """Each picture of the batch, of which one is open at a time."""
+        pictures: list[dict[str, torch.Tensor]] = []
         for of_row, where in sources:
             with naming(where):
-                parts.extend(self.process_images([load_image(source)]) for source in of_row)
-        return join_pictures(parts)
+                pictures.extend(self.process_images([load_image(source)]) for source in of_row)
+        return pictures
 
 
 def _next(iterator: Iterator[Any]) -> list[Any]:

@@ -151,12 +151,12 @@ class NoteLLM2ItemEncoder(InputModule):
 
     def get_embedding_dimension(self) -> int:
         """Width of both embeddings."""
-        return self.model.config.embedding_dim or self.model.config.text_config.hidden_size
+        return self.model.config.embedding_dim or self.model.config.text_width
 
     @property
     def max_seq_length(self) -> int | None:
         """Positions that the LLM has. Read-only: the processor's limits on an item's fields decide what is cut."""
-        return getattr(self.model.config.text_config, "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]

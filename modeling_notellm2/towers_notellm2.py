@@ -38,7 +38,7 @@ def load_vision_encoder(source: str | PreTrainedModel, **kwargs: Any) -> PreTrai
             model = AutoModel.from_pretrained(source, **kwargs)
         except ImportError as error:
             raise ImportError(MISSING_PACKAGE % (source, " ".join(str(error).split()))) from error
-    tower = _tower_of(model)
+    tower = tower_of(model)
     known = _auto_classes(type(tower.config))
     if known and not isinstance(tower, known):
         if not isinstance(tower.base_model, known):
@@ -94,7 +94,7 @@ def vision_encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | No
     return classes[named if named in classes else plain[0]]
 
 
-def _tower_of(model: PreTrainedModel) -> PreTrainedModel:
+def tower_of(model: PreTrainedModel) -> PreTrainedModel:
     """The outermost module whose config is the composite's vision config; the model itself if it is no composite."""
     wanted = list(_tower_configs(model.config))
     if not wanted:

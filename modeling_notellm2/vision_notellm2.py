@@ -8,13 +8,14 @@ may be tokens, with a class token before them or not, or a feature map with its 
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+
+from .vision_features_notellm2 import VisionFeatures, join_features
 
 
 # How transformers' vision models name a learned class token; whether it stands before the patches shows in their number.
@@ -26,22 +27,6 @@ EXPECTED = (
     "map (batch, width, height, width of the map). Use one that does, e.g. CLIP, SigLIP, DINOv2, ViT or ConvNeXt."
 )
 OTHER_PICTURES = "%s takes %s, but pixel_values came as %s. Use the image processor of the encoder's own checkpoint."
-
-
-@dataclass(frozen=True)
-class VisionFeatures:
-    """What a vision encoder makes of pictures.
-
-    Attributes:
-        last_hidden_state: `(images, tokens, width)`, class token first where there is one.
-        pooler_output: `(images, width)`, the summary feature.
-        attention_mask: `(images, tokens)` int64, 1 for tokens, 0 for padding behind them; None where all pictures have as
-            many.
-    """
-
-    last_hidden_state: torch.Tensor
-    pooler_output: torch.Tensor
-    attention_mask: torch.Tensor | None = None
 
 
 def vision_features(
@@ -87,50 +72,8 @@ def vision_features(
         rows = (image_sizes == size).all(-1).nonzero().flatten().tolist()
         height, width = size.tolist()
         features = _of_one_size(vision_model, pixel_values[rows, :, :height, :width], feature_layer, summary)
-        parts |= {row: _row(features, number) for number, row in enumerate(rows)}
+        parts |= {row: features.row(number) for number, row in enumerate(rows)}
     return join_features([parts[row] for row in range(len(pixel_values))])
-
-
-def join_features(parts: list[VisionFeatures]) -> VisionFeatures:
-    """Features of several batches as one, padded to the most tokens; each part's rows stay together and in order."""
-    hidden = [part.last_hidden_state for part in parts]
-    longest = max(states.shape[1] for states in hidden)
-    mask = None
-    if any(part.attention_mask is not None or part.last_hidden_state.shape[1] < longest for part in parts):
-        masks = [
-            states.new_ones(states.shape[:2], dtype=torch.long) if part.attention_mask is None else part.attention_mask
-            for part, states in zip(parts, hidden, strict=True)
-        ]
-        mask = torch.cat([F.pad(of_part, (0, longest - of_part.shape[1])) for of_part in masks])
-    return VisionFeatures(
-        last_hidden_state=torch.cat([F.pad(states, (0, 0, 0, longest - states.shape[1])) for states in hidden]),
-        pooler_output=torch.cat([part.pooler_output for part in parts]),
-        attention_mask=mask,
-    )
-
-
-def merge_features(
-    computed: VisionFeatures, given: VisionFeatures | None, is_given: torch.Tensor | None
-) -> VisionFeatures:
-    """Features of all images in order, from those that were computed now and those that were given, `is_given` `(images,)`."""
-    if given is None or is_given is None:
-        return computed
-    like = computed.last_hidden_state
-    given = VisionFeatures(
-        given.last_hidden_state.to(like), given.pooler_output.to(computed.pooler_output), given.attention_mask
-    )
-    both = join_features([given, computed])
-    order = torch.cat([is_given.nonzero().flatten(), (~is_given).nonzero().flatten()]).argsort().to(like.device)
-    mask = None if both.attention_mask is None else both.attention_mask[order]
-    return VisionFeatures(both.last_hidden_state[order], both.pooler_output[order], mask)
-
-
-def _row(features: VisionFeatures, row: int) -> VisionFeatures:
-    return VisionFeatures(
-        last_hidden_state=features.last_hidden_state[row : row + 1],
-        pooler_output=features.pooler_output[row : row + 1],
-        attention_mask=None if features.attention_mask is None else features.attention_mask[row : row + 1],
-    )
 
 
 def first_of(config: Any, *names: str) -> Any:

@@ -15,9 +15,9 @@ REASONS = {
     "and type asked for; `from_config` is public for Auto classes alone, and Blip2QFormerModel has none",
     ("modeling_notellm2/towers_notellm2.py", "_from_config"): "the class is known, no Auto class gives it",
     ("modeling_notellm2/language_notellm2.py", "_from_config"): "the class is known, no Auto class gives it",
-    ("modeling_notellm2/modeling_notellm2.py", "_attn_implementation"): "the only name under which a config holds it",
+    ("modeling_notellm2/joining_notellm2.py", "_attn_implementation"): "the only name under which a config holds it",
     (
-        "modeling_notellm2/modeling_notellm2.py",
+        "modeling_notellm2/joining_notellm2.py",
         "_experts_implementation",
     ): "the only name under which a config holds it",
     (

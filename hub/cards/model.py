@@ -84,7 +84,9 @@ def read_model(folder: Path) -> DescribedModel:
 def connector(config: dict[str, Any]) -> str:
     """How picture and language model are joined, in a few words."""
     ways = []
-    if config.get("early_fusion", True):
+    if config.get("connector") == "native":
+        ways.append("the checkpoint's own merger of pictures and text")
+    elif config.get("early_fusion", True):
         qformer = config["qformer_config"]
         ways.append(
             f"Q-Former of {qformer['num_hidden_layers']} layers, {config.get('num_query_tokens', 16)} visual tokens a picture"

@@ -183,7 +183,7 @@ class ItemEncoder:
     def width(self) -> int:
         """Of the embeddings."""
         config = self.model.config
-        return config.embedding_dim or config.text_config.hidden_size
+        return config.embedding_dim or config.text_width
 
     def _batches(self, block: PreparedBlock) -> Iterator[dict[str, torch.Tensor]]:
         tokenizer = self.processor.tokenizer

@@ -137,10 +137,10 @@ def strengthen(model: PreTrainedModel) -> None:
 
 def shrunk(config_class: type[PreTrainedConfig], **fixed: Any) -> PreTrainedConfig:
     """The class's default config with few layers, narrow states and a small vocabulary; `fixed` fields as given."""
-    return config_class(**{**_shrunk_fields(config_class()), **fixed})
+    return config_class(**{**shrunk_fields(config_class()), **fixed})
 
 
-def _shrunk_fields(config: PreTrainedConfig) -> dict[str, Any]:
+def shrunk_fields(config: PreTrainedConfig) -> dict[str, Any]:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     values = {name: _value(config, name) for name in defaults}
     values |= {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
@@ -148,7 +148,7 @@ def _shrunk_fields(config: PreTrainedConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
-            fields[name] = _shrunk_fields(value) | ({"model_type": value.model_type} if value.model_type else {})
+            fields[name] = shrunk_fields(value) | ({"model_type": value.model_type} if value.model_type else {})
         elif name in NEEDED and value is None:
             fields[name] = _size(name)
         elif isinstance(value, (list, tuple)) and len(value) == layers:

@@ -133,8 +133,10 @@ class ItemCollator:
 
     def inputs(self, opened: Sequence[tuple[Item, list[Picture]]]) -> dict[str, Tensor]:
         """The model's inputs for opened items."""
-        inputs = dict(self.processor([item for item, _ in opened], process_images=False, return_tensors="pt"))
         pictures = [picture for _, of_item in opened for picture in of_item]
+        tokens = [self._count_tokens(picture) for picture in pictures]
+        items = [item for item, _ in opened]
+        inputs = dict(self.processor(items, process_images=False, image_tokens=tokens, return_tensors="pt"))
         stored = [picture for picture in pictures if isinstance(picture, int)]
         pixels = [picture for picture in pictures if not isinstance(picture, int)]
         if stored:
@@ -148,6 +150,13 @@ class ItemCollator:
         if stored and pixels:
             inputs["cached_images"] = torch.tensor([isinstance(picture, int) for picture in pictures])
         return inputs
+
+    def _count_tokens(self, picture: Picture) -> int:
+        """Placeholders of one picture."""
+        if self.processor.patches_per_token is None or not isinstance(picture, int):
+            return self.processor.count_tokens(picture)
+        assert self.features is not None
+        return self.features.count_tokens(picture)
 
     def _picture(self, source: Any) -> Picture:
         if self.features is None:

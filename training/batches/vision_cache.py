@@ -25,7 +25,7 @@ from transformers.utils import logging
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.pixels_notellm2 import join_pictures
 from modeling_notellm2.prompts_notellm2 import ItemError
-from modeling_notellm2.vision_notellm2 import VisionFeatures, join_features
+from modeling_notellm2.vision_features_notellm2 import VisionFeatures, join_features
 from training.tables.commands.files import atomic_write
 from training.tables.images import KEY_BYTES, Item, content_key, map_items, read_encoded
 
@@ -103,7 +103,12 @@ class VisionCache:
             self._opened[file] = opened, [0, *opened.get_tensor("ends").tolist()]
         opened, ends = self._opened[file]
         hidden, pooled = (opened.get_slice(name) for name in ("hidden_states", "pooler_output"))
-        return VisionFeatures(hidden[ends[row] : ends[row + 1]].unsqueeze(0), pooled[row : row + 1])
+        grids = opened.get_slice("grids")[row : row + 1] if "grids" in opened.keys() else None  # noqa: SIM118
+        return VisionFeatures(hidden[ends[row] : ends[row + 1]].unsqueeze(0), pooled[row : row + 1], grids=grids)
+
+    def count_tokens(self, stored: int) -> int:
+        """Tokens of a picture that was found."""
+        return self._row(*self.places[stored].tolist()).last_hidden_state.shape[1]
 
     def summary(self, item: Item) -> Tensor:
         """(width,) float32: the mean summary feature of an item's images; zeros without one.
@@ -136,7 +141,8 @@ class VisionCache:
         """
         limit = limit_gb * 1e9
         size = batch_size or (CPU_BATCH if model.device.type == "cpu" else GPU_BATCH)
-        model.vision_model.eval()
+        for part in model.vision_parts:
+            part.eval()
         features = partial(_features, model, self.dtype)
         prepare = partial(_prepare, self, processor)
         waiting: dict[bytes, dict[str, Tensor]] = {}
@@ -172,19 +178,21 @@ class _Block:
         self.keys: list[bytes] = []
         self.hidden: list[Tensor] = []
         self.pooled: list[Tensor] = []
+        self.grids: list[Tensor] = []
 
-    def add(self, keys: list[bytes], hidden: list[Tensor], pooled: Tensor) -> None:
+    def add(self, keys: list[bytes], hidden: list[Tensor], pooled: Tensor, grids: Tensor | None) -> None:
         before = len(self.keys)
         self.keys += keys
         self.hidden += hidden
         self.pooled += pooled.unbind()
+        self.grids += [] if grids is None else grids.unbind()
         self.waiting += sum(map(self._bytes_of, range(before, len(self.keys))))
 
     def cut(self, most: int) -> None:
         """Let go of what exceeds a number of bytes."""
         sizes = np.cumsum([self._bytes_of(row) for row in range(len(self.keys))])
         keep = int(np.searchsorted(sizes, most, side="right"))
-        del self.keys[keep:], self.hidden[keep:], self.pooled[keep:]
+        del self.keys[keep:], self.hidden[keep:], self.pooled[keep:], self.grids[keep:]
 
     def write(self) -> None:
         """Write the part whole or not at all; its name is the first key's, so that processes never write one file."""
@@ -198,6 +206,8 @@ class _Block:
             "ends": torch.tensor([len(hidden) for hidden in self.hidden]).cumsum(0),
             "pooler_output": torch.stack(self.pooled),
         }
+        if self.grids:
+            tensors["grids"] = torch.stack(self.grids)
         with atomic_write(path) as place:
             save_file(tensors, place)
         self.written += path.stat().st_size
@@ -231,10 +241,13 @@ def encoder_key(model: Any, processor: Any, dtype: torch.dtype = torch.float32) 
     """A hash of all that decides a picture's features besides the picture: weights, layer, types, preprocessing."""
     digest = blake2b(digest_size=KEY_BYTES)
     preprocessing = processor.image_processor.to_dict()
-    of_model = [model.config.vision_config.to_dict(), model.config.vision_feature_layer, model.config.vision_summary]
+    config = model.config
+    of_model = [config.vision_config.to_dict(), config.vision_feature_layer, config.vision_summary]
+    if config.connector == "native":
+        of_model.append(config.text_config.to_dict())
     settings = [FORMAT, *of_model, str(dtype), preprocessing, processor.max_pixels]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.vision_model.state_dict().items()):
+    for name, weight in sorted(pair for part in model.vision_parts for pair in part.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -245,6 +258,8 @@ def feature_inputs(features: VisionFeatures) -> dict[str, Tensor]:
     inputs = {"vision_hidden_states": features.last_hidden_state, "vision_pooler_output": features.pooler_output}
     if features.attention_mask is not None:
         inputs["vision_attention_mask"] = features.attention_mask
+    if features.grids is not None:
+        inputs["vision_grids"] = features.grids
     return inputs
 
 
@@ -263,15 +278,19 @@ def _prepare(cache: VisionCache, processor: Any, item: Item) -> list[tuple[bytes
 
 
 @torch.no_grad()
-def _features(model: Any, dtype: torch.dtype, pictures: list[dict[str, Tensor]]) -> tuple[list[Tensor], Tensor]:
-    """Tokens (tokens, width) of each picture without padding, and summary features (m, width), in 16 bits on the CPU."""
+def _features(
+    model: Any, dtype: torch.dtype, pictures: list[dict[str, Tensor]]
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Tokens (tokens, width) of each picture without padding, summary features (m, width), in 16 bits on the CPU, and grids."""
     inputs = {name: values.to(model.device) for name, values in join_pictures(pictures).items()}
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         features = model.get_vision_features(**inputs)
     hidden, pooled = features.last_hidden_state, features.pooler_output
+    grids = None if features.grids is None else features.grids.cpu()
     if dtype != torch.bfloat16:
         dtype, hidden, pooled = torch.float16, hidden.clamp(-LARGEST, LARGEST), pooled.clamp(-LARGEST, LARGEST)
     hidden, pooled = hidden.to("cpu", dtype).contiguous(), pooled.to("cpu", dtype).contiguous()
     if features.attention_mask is None:
-        return list(hidden.unbind()), pooled
-    return [row[held.bool()] for row, held in zip(hidden, features.attention_mask.cpu(), strict=True)], pooled
+        return list(hidden.unbind()), pooled, grids
+    rows = zip(hidden, features.attention_mask.cpu(), strict=True)
+    return [row[held.bool()] for row, held in rows], pooled, grids

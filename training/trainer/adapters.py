@@ -100,17 +100,17 @@ def llm_modules(model: NoteLLM2Model, targets: list[str]) -> str:
     Raises:
         ValueError: for a name that no linear layer of the LLM has.
     """
-    linear = {
-        name.rsplit(".", 1)[-1] for name, part in model.language_model.named_modules() if isinstance(part, nn.Linear)
-    }
+    llm = model.get_decoder()  # within `language_model` there may be a native connector's tower
+    place = next(name for name, part in model.named_modules() if part is llm)
+    linear = {name.rsplit(".", 1)[-1] for name, part in llm.named_modules() if isinstance(part, nn.Linear)}
     wanted = sorted(linear) if targets == ["all-linear"] else targets
     unknown = sorted(set(wanted) - linear)
     if unknown:
         raise ValueError(
-            f"lora_target_modules: {type(model.language_model).__name__} has no {', '.join(unknown)}; its linear layers are "
+            f"lora_target_modules: {type(llm).__name__} has no {', '.join(unknown)}; its linear layers are "
             f"{', '.join(sorted(linear))}, or all-linear for all of them."
         )
-    return rf"{LLM}\..*\b({'|'.join(map(re.escape, wanted))})"
+    return rf"{re.escape(place)}\..*\b({'|'.join(map(re.escape, wanted))})"
 
 
 def quantization(compute_dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -21,7 +21,7 @@ from modeling_notellm2.pixels_notellm2 import VISION_INPUTS
 from training.trainer.losses import PairLossOutput
 
 
-FEATURES = ("vision_hidden_states", "vision_pooler_output", "vision_attention_mask")
+FEATURES = ("vision_hidden_states", "vision_pooler_output", "vision_attention_mask", "vision_grids")
 PER_IMAGE = (*VISION_INPUTS, *FEATURES, "cached_images")
 """Inputs with a row for each image, or for each of those that are cached or not; all others have one for each item."""
 

@@ -105,10 +105,13 @@ class NoteLLM2Trainer(Trainer):
     def _plan_shards(self, base: NoteLLM2Model) -> None:
         """Which modules FSDP gathers one by one, unless the config names them, and which stay whole."""
         plugin = self.accelerator.state.fsdp_plugin
-        parts = list(base.children())
+        vision = base.vision_parts
+        parts: list[nn.Module] = [base.get_decoder()]
+        parts += [part for part in base.children() if part is not base.language_model and part not in vision]
         if base.config.freeze_vision and not self.args.shard_frozen_vision:
-            plugin.ignored_modules = [base.vision_model]
-            parts.remove(base.vision_model)
+            plugin.ignored_modules = vision
+        else:
+            parts += vision
         if plugin.transformer_cls_names_to_wrap is None:
             plugin.transformer_cls_names_to_wrap = layer_classes(*parts)
 

@@ -2,20 +2,24 @@
 
 import datetime
 import decimal
-import io
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import datasets
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 
-
-Fill = Callable[[Path], Any]
+from tests.support.table_files import (
+    Fill,
+    class_labels,
+    damaged_page,
+    files,
+    image_folder,
+    parquet,
+    picture,
+    saved,
+    text,
+    two_titles,
+)
 
 
 @dataclass(frozen=True)
@@ -35,91 +39,6 @@ class Case:
     expected: dict[str, dict[str, Any]]
     rejects: list[tuple[int, str]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
-
-
-def parquet(*columns: tuple[str, Any], **options: Any) -> Fill:
-    def fill(folder: Path) -> str:
-        arrays = {name: values if isinstance(values, pa.Array) else pa.array(values) for name, values in columns}
-        pq.write_table(pa.table(arrays), folder / "items.parquet", **options)
-        return "items.parquet"
-
-    return fill
-
-
-def text(name: str, content: str | bytes, encoding: str = "utf-8") -> Fill:
-    def fill(folder: Path) -> str:
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
-        return name
-
-    return fill
-
-
-def picture(colour: str = "red") -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def image_folder(metadata: str, content: str, pictures: tuple[str, ...]) -> Fill:
-    def fill(folder: Path) -> None:
-        for number, name in enumerate(pictures):
-            (folder / name).write_bytes(picture("red" if number % 2 else "blue"))
-        (folder / metadata).write_text(content)
-
-    return fill
-
-
-def files(**contents: Fill) -> Fill:
-    def fill(folder: Path) -> None:
-        for place, one in contents.items():
-            part = folder / "making"
-            part.mkdir()
-            made = part / one(part)
-            target = folder / f"{place.replace('__', '/')}{made.suffix}"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            made.rename(target)
-            part.rmdir()
-
-    return fill
-
-
-def class_labels(folder: Path) -> str:
-    features = datasets.Features(
-        {
-            "item_id": datasets.Value("string"),
-            "title": datasets.ClassLabel(names=["cat", "dog"]),
-            "topics": datasets.List(datasets.ClassLabel(names=["x", "y"])),
-        }
-    )
-    rows = [{"item_id": "a", "title": 0, "topics": [1, 0]}, {"item_id": "b", "title": 1, "topics": []}]
-    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "items.parquet")
-    return "items.parquet"
-
-
-def damaged_page(folder: Path) -> str:
-    """Three row groups, of which the second is overwritten."""
-    texts = [f"title {number} " + "x" * 200 for number in range(30)]
-    table = pa.table({"item_id": [str(number) for number in range(30)], "title": texts})
-    pq.write_table(table, folder / "items.parquet", row_group_size=10, compression="zstd", use_dictionary=False)
-    group = pq.ParquetFile(folder / "items.parquet").metadata.row_group(1).column(1)
-    content = bytearray((folder / "items.parquet").read_bytes())
-    start, size = group.data_page_offset, group.total_compressed_size
-    content[start + size // 2 : start + size] = b"\xff" * (size - size // 2)
-    (folder / "items.parquet").write_bytes(content)
-    return "items.parquet"
-
-
-def two_titles(folder: Path) -> str:
-    columns = [pa.array(["a"]), pa.array(["x"]), pa.array(["y"])]
-    pq.write_table(pa.Table.from_arrays(columns, names=["item_id", "title", "title"]), folder / "items.parquet")
-    return "items.parquet"
-
-
-def saved(folder: Path) -> None:
-    rows = [{"item_id": 7.0, "title": "seven"}, {"item_id": None, "title": "none"}]
-    datasets.DatasetDict(
-        {"train": datasets.Dataset.from_list(rows[:1]), "test": datasets.Dataset.from_list(rows[1:])}
-    ).save_to_disk(folder)
 
 
 def titles(*pairs: tuple[str, str]) -> dict[str, dict[str, Any]]:
@@ -399,5 +318,84 @@ CASES = [
         text("items.jsonl", '{"item_id": "a", "title": "x", "image": 5}\n' + ITEM),
         titles(("1", "x")),
         [(0, "image must be")],
+    ),
+    # neighbours
+    Case(
+        "a key of JSON with half a surrogate pair",
+        text("items.jsonl", '{"item_id": "a", "title": "x", "k\\ud800": 1}\n' + ITEM),
+        titles(("1", "x")),
+        [(0, "name is not valid Unicode")],
+    ),
+    Case(
+        "lists in lists in lists",
+        text("items.jsonl", f'{{"item_id": "a", "title": "x", "image": {"[" * 900}{"]" * 900}}}\n' + ITEM),
+        titles(("1", "x")),
+        [(0, "recursion")],
+    ),
+    Case(
+        "dates beyond the calendar",
+        parquet(
+            ("item_id", ["a", "b", "c"]),
+            ("title", pa.array([2_147_483_647, 19_905, None], pa.date32())),
+            ("content", pa.array([0, 2**62, 0], pa.timestamp("us"))),
+        ),
+        {"c": {"content": "1970-01-01 00:00:00"}},
+        [(0, "title is a date or time that can't be read"), (1, "content is a date or time")],
+    ),
+    Case(
+        "a column of our own name",
+        parquet(("item_id", ["a"]), ("title", ["x"]), ("__fault__", ["y"])),
+        titles(("a", "x")),
+    ),
+    Case("what is no encoding of text", text("items.csv", ITEM_CSV), {}, [(0, "rot13")], {"encoding": "rot13"}),
+    Case("a mark that is missing", text("items.csv", ITEM_CSV), {}, [(0, "--encoding utf-16")], {"encoding": "utf-16"}),
+    Case(
+        "a byte too many in UTF-16",
+        text("items.csv", (ITEM_CSV + "2,y\n").encode("utf-16") + b"A"),
+        titles(("1", "x"), ("2", "y")),
+        [(2, "not utf-16")],
+    ),
+    Case(
+        "line ends of all kinds",
+        text("items.csv", "item_id,title\r\na,x\rb,y\nc,z\r\n"),
+        titles(("a", "x"), ("b", "y"), ("c", "z")),
+    ),
+    Case("empty lines above the header", text("items.csv", "\n\n" + ITEM_CSV), titles(("1", "x"))),
+    Case(
+        "columns without a name", text("items.csv", ",item_id,title,\n0,a,x,\n1,b,y,\n"), titles(("a", "x"), ("b", "y"))
+    ),
+    Case(
+        "texts of several lines with commas",
+        text("items.csv", 'item_id,title\na,"Hello\nworld, all"\nb,"x\r\nyes, z"\n'),
+        titles(("a", "Hello\nworld, all"), ("b", "x\r\nyes, z")),
+    ),
+    Case(
+        "two stray quotes, ids of letters",
+        text("items.csv", 'item_id,title\nab,"5 inch\ncd,y\nef,6"\ngh,z\n'),
+        titles(("cd", "y"), ("ef", '6"'), ("gh", "z")),
+        [(0, "quote")],
+    ),
+    Case(
+        "long fields, quoted and not",
+        text("items.csv", f'item_id,title\na,{"x" * 200_000}\nb,"{"y" * 200_000}"\n'),
+        titles(("a", "x" * 200_000), ("b", "y" * 200_000)),
+    ),
+    Case(
+        "empty files in a folder",
+        files(
+            a=text("x.csv", ""),
+            b=text("x.jsonl", ""),
+            c=parquet(("item_id", pa.nulls(0)), ("title", pa.nulls(0))),
+            d=text("x.csv", ITEM_CSV),
+        ),
+        titles(("1", "x")),
+    ),
+    Case(
+        "floats of 32 bits",
+        parquet(
+            ("item_id", pa.array([0.5, 2.0, 2.0**25], pa.float32())), ("title", pa.array([0.1, 3.0, 1.0], pa.float32()))
+        ),
+        titles(("0.5", "0.1"), ("2", "3")),
+        [(2, "too large")],
     ),
 ]

@@ -201,7 +201,7 @@ def each(values: Iterable[Any], of_value: Callable[[Any], list[Any]], kind: pa.D
         lists.append(None)
         try:
             lists[-1] = of_value(value) or None
-        except CellError as error:
+        except (CellError, RecursionError) as error:  # the latter for lists in lists in lists
             faults[row] = str(error)
     return pa.array(lists, kind), faults
 

@@ -97,9 +97,10 @@ class TextPart:
     encoding: str | None
 
     def types(self) -> Types:
-        """The header's names; in JSON lines the keys of all objects, for which they are read once."""
+        """The header's names, columns without one left out; in JSON lines the keys of all objects, which are read once."""
         if self._is_csv:
-            return dict.fromkeys(_different(csv_header(self.path, self.encoding), self.path))
+            named = [name for name in csv_header(self.path, self.encoding) if name]
+            return dict.fromkeys(_different(named, self.path))
         keys: Types = {}
         for row in read_json(self.path, self.encoding):
             if isinstance(row, dict):
@@ -263,7 +264,8 @@ def _own_types(schema: pa.Schema, classes: Classes) -> Types:
 
 def _arrow_block(columns: dict[str, pa.Array], rows: int, types: Types, classes: Classes) -> Block:
     made, faults = {}, Faults()
-    for name, column in columns.items():
+    for name in types.keys() & columns.keys():
+        column = columns[name]
         made[name], broken = arrow_column(name, column, types[name], classes.get(name))
         _add(faults, broken, name)
     return Block(rows, made, faults)

@@ -1,7 +1,8 @@
 """CSV and JSON lines, row by row, so that a broken row costs itself and nothing behind it.
 
 Bytes are decoded line by line. UTF-8 is the rule, with or without a mark; UTF-16 and UTF-32 need their mark; anything else
-its name. A byte that is none of the encoding's rejects its row: nothing is replaced. Lines end as the first one does.
+its name. A byte that is none of the encoding's rejects its row: nothing is replaced. Lines end with a line feed, a carriage
+return, or both.
 """
 
 import codecs
@@ -27,6 +28,7 @@ MARKS = (
 )
 ESCAPE = "tables_escape"
 ESCAPED = re.compile("[\udc00-\udcff]")
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 LONGEST = 1 << 20
 """Characters of a row of several lines, at most; a quote that is open for longer is a stray one."""
 
@@ -39,6 +41,8 @@ class BadRow:
 
 
 Row = dict[str, Any] | BadRow | None
+
+csv.field_size_limit(LONGEST)
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
@@ -54,11 +58,12 @@ def read_csv(path: Path, encoding: str | None = None, skip: int = 0) -> Iterator
     """The rows below a CSV's header, every field as text; None for an empty line.
 
     Args:
-        skip: lines above the header.
+        skip: lines above the header; empty ones there never count.
 
     Raises:
         TableError: for an encoding that Python doesn't know, or a header that isn't in it.
     """
+    encoding = _marked_encoding(path) or encoding
     lines = islice(text_lines(path, encoding), skip, None)
     header = _header(path, lines, encoding)
     id_column = next((number for number, name in enumerate(header) if name.endswith("_id")), 0)
@@ -78,6 +83,7 @@ def csv_header(path: Path, encoding: str | None = None, skip: int = 0) -> list[s
 
 def read_json(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """The objects of a JSON lines file; None for an empty line."""
+    encoding = _marked_encoding(path) or encoding
     for line in text_lines(path, encoding):
         if not line.strip():
             yield None
@@ -90,7 +96,12 @@ def read_json(path: Path, encoding: str | None = None) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             yield BadRow(f"unreadable row: {error}")
             continue
-        yield row if isinstance(row, dict) else BadRow(f"unreadable row: no JSON object but {type(row).__name__}")
+        if not isinstance(row, dict):
+            yield BadRow(f"unreadable row: no JSON object but {type(row).__name__}")
+        elif any(HALF_PAIR.search(name) for name in row):
+            yield BadRow("unreadable row: a column's name is not valid Unicode")
+        else:
+            yield row
 
 
 class _Lines:
@@ -110,10 +121,11 @@ def _fields(line: str, waiting: _Lines, width: int, id_column: int, encoding: st
     """The fields of the row that begins with `line`; further lines are taken where a quoted field goes on in them."""
     if '"' not in line:
         return _checked(line, _split(line), width, encoding)
-    taken = [line]
+    taken, characters = [line], len(line)
     fields = _parse(taken)
-    while fields is None and sum(map(len, taken)) < LONGEST and (another := waiting.take()) is not None:
+    while fields is None and characters < LONGEST and (another := waiting.take()) is not None:
         taken.append(another)
+        characters += len(another)
         if '"' in another:
             fields = _parse(taken)
     whole = isinstance(fields, list) and len(fields) == width
@@ -133,9 +145,8 @@ def _checked(text: str, fields: list[str] | BadRow | None, width: int, encoding:
     return fields
 
 
-def _split(line: str) -> list[str] | BadRow:
-    text = line.removesuffix("\n").removesuffix("\r")
-    return BadRow("unreadable row: a carriage return in the middle") if "\r" in text else text.split(",")
+def _split(line: str) -> list[str]:
+    return line.removesuffix("\n").removesuffix("\r").split(",")
 
 
 def _parse(lines: list[str]) -> list[str] | BadRow | None:
@@ -149,17 +160,18 @@ def _parse(lines: list[str]) -> list[str] | BadRow | None:
 def _look_like_rows(lines: list[str], fields: list[str] | BadRow | None, width: int, id_column: int) -> bool:
     """Whether the further lines of a row are rows themselves: as many fields, and an id of the characters of the row's own.
 
-    Then two stray quotes make what looks like one long field.
+    Then two stray quotes make what looks like one long field. Words are ids only where they are as long as the row's own:
+    else a text of several lines, with a comma in each, would be taken for rows.
     """
     if not isinstance(fields, list):
         return True
-    own = _characters(fields[id_column])
+    own, length = _characters(fields[id_column]), len(fields[id_column].strip())
     for line in lines[1:]:
         alone = _split(line)
-        if not isinstance(alone, list) or len(alone) != width:
+        if len(alone) != width:
             return False
         its = _characters(alone[id_column])
-        if not its or not its <= own:
+        if not its or not its <= own or ("0" not in its and len(alone[id_column].strip()) != length):
             return False
     return True
 
@@ -173,7 +185,7 @@ def _characters(text: str) -> set[str]:
 
 
 def _header(path: Path, lines: Iterator[str], encoding: str | None) -> list[str]:
-    first = next(lines, None)
+    first = next((line for line in lines if line.strip()), None)
     if first is None:
         return []
     if (fault := _undecoded(first, encoding)) is not None:
@@ -192,19 +204,21 @@ def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
     Raises:
         TableError: for an encoding that Python doesn't know.
     """
+    known = _marked_encoding(path) or encoding or "utf-8"
+    try:
+        with path.open(encoding=known, errors=ESCAPE, newline="") as stream:
+            yield from stream
+    except LookupError as error:
+        raise TableError(f"--encoding {encoding}: Python knows no such encoding of text.") from error
+    except UnicodeError as error:
+        raise TableError(f"{path}: can't be read with --encoding {encoding} ({error}).") from error
+
+
+def _marked_encoding(path: Path) -> str | None:
+    """The encoding that a file's mark tells, if it has one."""
     with path.open("rb") as stream:
         start = stream.read(4)
-    marked = next((name for mark, name in MARKS if start.startswith(mark)), None)
-    known = marked or encoding or "utf-8"
-    try:
-        codecs.lookup(known)
-    except LookupError as error:
-        raise TableError(f"--encoding {encoding}: Python knows no such encoding.") from error
-    with path.open(encoding=known, errors=ESCAPE, newline="") as stream:
-        first = stream.readline()
-    carriage_returns = first.endswith("\r")
-    with path.open(encoding=known, errors=ESCAPE, newline="\r" if carriage_returns else "\n") as stream:
-        yield from stream
+    return next((name for mark, name in MARKS if start.startswith(mark)), None)
 
 
 def _undecoded(text: str, encoding: str | None) -> BadRow | None:

@@ -55,6 +55,8 @@ def plain_text(value: Any) -> str:
         return str(int(value)) if value == value.to_integral_value() else f"{value:f}"
     if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, np.datetime64, uuid.UUID)):
         return str(value)
+    if isinstance(value, pa.Scalar):
+        raise CellError("a date or time that can't be read")
     if hasattr(value, "__len__") and not len(value):
         return ""
     raise CellError(f"a {_kind(value)} where a text is expected")
@@ -96,11 +98,20 @@ def texts_of(column: pa.Array, names: list[str] | None = None) -> tuple[pa.Array
 
 
 def values_of(column: pa.Array) -> Iterator[Any]:
-    """Python values of a column; bytes in place of a text that isn't UTF-8."""
+    """Python values of a column; bytes in place of a text that isn't UTF-8, Arrow's own in place of a time beyond Python's."""
     try:
         return iter(column.to_pylist())
     except UnicodeDecodeError:
         return iter(_binary_inside(column).to_pylist())
+    except (OverflowError, ValueError, KeyError):  # years beyond 9999, time zones that nobody knows
+        return map(_value_of, column)
+
+
+def _value_of(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (OverflowError, ValueError, KeyError):
+        return scalar
 
 
 def is_stringlike(kind: pa.DataType) -> bool:
@@ -123,7 +134,7 @@ def each_text(values: Iterable[Any], text_of: Callable[[Any], str]) -> tuple[pa.
         text = None
         try:
             text = text_of(value)
-        except CellError as error:
+        except (CellError, RecursionError) as error:  # the latter for lists in lists in lists
             faults[row] = str(error)
         texts.append(text if text and not text.isspace() else None)
     return pa.array(texts, pa.string()), faults

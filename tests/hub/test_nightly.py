@@ -15,7 +15,10 @@ from hub.index import Index
 
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = "--max_steps 2 --dataloader_num_workers 0 --per_device_train_batch_size 4 --report false --dtype float32 --use_cpu true --merge_adapter true"
+OPTIONS = (
+    "--max_steps 2 --dataloader_num_workers 0 --per_device_train_batch_size 4 --report false --dtype float32 "
+    "--use_cpu true --merge_adapter true"
+)
 
 
 @pytest.fixture

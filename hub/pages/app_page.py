@@ -14,7 +14,8 @@ import gradio as gr
 from PIL import Image, ImageOps
 
 from hub.pages.app_search import Hit, ItemSearch, QueryError
-from modeling_notellm2.images_notellm2 import image_sources, load_image
+from modeling_notellm2.images_notellm2 import image_sources
+from training.tables.images import first_picture
 
 
 SAMPLE = 24
@@ -83,8 +84,13 @@ class App:
             return None, "", "", "", str(error)
         sources = image_sources(item.get("image"))
         note = f"It has {len(sources)} pictures, of which the form holds the first." if len(sources) > 1 else ""
-        picture = load_image(sources[0]) if sources else None
-        return picture, item.get("title", ""), ", ".join(item.get("topics", [])), item.get("content", ""), note
+        return (
+            first_picture(item),
+            item.get("title", ""),
+            ", ".join(item.get("topics", [])),
+            item.get("content", ""),
+            note,
+        )
 
     def start(self, request: gr.Request) -> str:
         """Id of the first item to show: that of the link, or the first of the sample."""
@@ -110,13 +116,11 @@ class App:
 
 
 def picture_of(item: dict[str, Any]) -> Image.Image:
-    """An item's first picture, small and square; a grey tile for an item without one."""
-    sources = image_sources(item.get("image"))
-    if not sources:
+    """An item's first picture, small and square; a grey tile for an item without one that can be read."""
+    picture = first_picture(item)
+    if picture is None:
         return Image.new("RGB", (SIDE, SIDE), "#dddddd")
-    return ImageOps.pad(
-        load_image(sources[0]), (SIDE, SIDE), Image.Resampling.LANCZOS, color="white"
-    )  # else it is cropped
+    return ImageOps.pad(picture, (SIDE, SIDE), Image.Resampling.LANCZOS, color="white")  # else it is cropped
 
 
 def name_of(item: dict[str, Any]) -> str:

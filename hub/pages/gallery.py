@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from modeling_notellm2.images_notellm2 import image_sources, load_image
+from modeling_notellm2.images_notellm2 import image_sources
 from training.tables.commands.files import write_text
+from training.tables.images import first_picture
 
 
 TEMPLATE = "gallery.html.jinja"
@@ -90,7 +91,8 @@ def write_gallery(
     Args:
         output: the HTML file; an earlier one is replaced.
         item_ids: n ids.
-        load_item: an item with its picture by its position in 0..n-1; called for the items that are shown.
+        load_item: an item with its pictures by its position in 0..n-1; called for the items that are shown, with the first of
+            their pictures that can be read.
         views: rows of each query.
         queries: positions of the items to ask with, in the order of the page.
         k: neighbours in each row.
@@ -99,9 +101,6 @@ def write_gallery(
         label_name: what a label is called on the page.
         partners: positions of each item's true partners, which are marked.
         footer: lines for the end of the page.
-
-    Raises:
-        ItemError: for a shown item whose picture can't be read.
     """
     neighbours = {(query, at): nearest(view, query, k) for query in queries for at, view in enumerate(views)}
     shown = sorted({near.position for row in neighbours.values() for near in row})
@@ -169,8 +168,8 @@ def _card(item_id: str, item: Item, side: int, label: str | None) -> dict[str, A
         "pictures": len(sources),
         "picture": None,
     }
-    if sources:
-        picture = load_image(sources[0])
+    picture = first_picture(item)
+    if picture is not None:
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
         card |= {"picture": _data_uri(picture), "width": picture.width, "height": picture.height}
     return card

@@ -10,13 +10,12 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from modeling_notellm2.images_notellm2 import image_sources, load_image
-from modeling_notellm2.prompts_notellm2 import ItemError
 from training.reporting.evaluation_tables import label_rows, metric_rows, short_slice_rows
 from training.reporting.run_plots import draw_report_plots
 from training.reporting.summary import result_rows
 from training.tables.commands.files import write_text
 from training.tables.commands.hashes import check_weights
+from training.tables.images import first_picture
 from training.tables.items import ItemTable
 
 
@@ -162,16 +161,13 @@ class _Pictures:
 
     @staticmethod
     def _picture(item: Mapping[str, Any]) -> str | None:
-        for source in image_sources(item.get("image"))[:1]:
-            try:
-                image = load_image(source)
-            except ItemError:  # the run's rejects list it already
-                return None
-            image.thumbnail((SIDE, SIDE))
-            stream = io.BytesIO()
-            image.save(stream, "PNG", optimize=True)
-            return _data_uri(stream.getvalue())
-        return None
+        image = first_picture(item)
+        if image is None:
+            return None
+        image.thumbnail((SIDE, SIDE))
+        stream = io.BytesIO()
+        image.save(stream, "PNG", optimize=True)
+        return _data_uri(stream.getvalue())
 
 
 def _embedded(path: Path) -> str:

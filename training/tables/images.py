@@ -7,6 +7,7 @@ its name is another.
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,14 @@ def _fault(source: Any) -> str | None:
             load_image(encoded)
     except Exception as error:  # decoders raise errors of every kind
         return without_addresses(error) or type(error).__name__
+    return None
+
+
+def first_picture(item: Mapping[str, Any]) -> Image.Image | None:
+    """The first of an item's pictures that can be read, to be shown; None without one. Rejects list the others."""
+    for source in image_sources(item.get("image")):
+        with suppress(ItemError):
+            return load_image(source)
     return None
 
 

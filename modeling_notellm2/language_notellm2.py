@@ -118,6 +118,12 @@ def embedding_rows(model: PreTrainedModel) -> torch.Tensor:
     return rows
 
 
+def embedding_width(model: PreTrainedModel) -> int:
+    """Width of the token embeddings, also while DeepSpeed (ZeRO-3) keeps their content elsewhere and leaves them empty."""
+    rows = embedding_rows(model)
+    return getattr(rows, "ds_shape", rows.shape)[-1]
+
+
 def class_to_rebuild(model: PreTrainedModel) -> str | None:
     """Name of the class that a stack must be built from again; None where `AutoModel` finds it by the config."""
     of_config = MODEL_MAPPING.get(type(model.config), None)

@@ -21,7 +21,7 @@ from .configuration_notellm2 import NoteLLM2Config
 from .fusion_notellm2 import NoteLLM2LateFusion, NoteLLM2Projector, mean_of_images
 from .inputs_notellm2 import check_padding, count_images, last_position, positions_of, states_at
 from .joining_notellm2 import connector_between, join_dtypes, load_halves, load_native
-from .language_notellm2 import LanguageCall, build_language_model, call_language_model, embedding_rows, takes_positions
+from .language_notellm2 import LanguageCall, build_language_model, call_language_model, embedding_width, takes_positions
 from .loss_notellm2 import add_losses
 from .native_notellm2 import call_native_model, native_features, tokens_of_each, vision_parts
 from .old_checkpoints_notellm2 import read_old_scales, unsqueeze_scale
@@ -105,7 +105,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         if config.early_fusion and config.connector == "qformer":
             self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
             self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
-            self.projector = NoteLLM2Projector(config, embedding_rows(self.language_model).shape[-1])
+            self.projector = NoteLLM2Projector(config, embedding_width(self.language_model))
         self.late_fusion = NoteLLM2LateFusion(config) if config.late_fusion else None
         self.reduction = (
             nn.Linear(config.text_width, config.embedding_dim, bias=False) if config.embedding_dim else None

@@ -33,7 +33,7 @@ from training.tables.validate import validate
 from training.trainer.adapters import load_trainable
 from training.trainer.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
 from training.trainer.checkpoints import checkpoint_to_resume
-from training.trainer.distributed import agreed, join_restarted, once_per_machine
+from training.trainer.distributed import agreed, join_restarted, once_per_machine, share_with_deepspeed
 from training.trainer.preparation import make_trainer, vision_features
 from training.trainer.saving import OF_ONE_MODEL, save_model
 from training.trainer.stopping import stoppable
@@ -68,6 +68,8 @@ def train(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Tra
     if arguments.process_index == 0:
         print(f"Precision: {arguments.precision}")
         write_rejects(data.rejects, output / "rejects.jsonl")
+    if arguments.deepspeed:
+        share_with_deepspeed()
     model: nn.Module = load_trainable(options, arguments.precision.dtype)
     model.to(arguments.device)
     with loading(options.model):

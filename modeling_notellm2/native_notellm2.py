@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .backbones_notellm2 import unfit_weights
 from .language_notellm2 import UnusableModelError, differ, takes_positions, tolerance, trial_ids, understood
 from .towers_notellm2 import tower_of
 from .vision_features_notellm2 import VisionFeatures, join_features
@@ -42,18 +43,16 @@ def load_native_model(source: str | PreTrainedModel, **kwargs: Any) -> PreTraine
     """A model of pictures and text without its head.
 
     Raises:
-        ValueError: for a checkpoint that is none, or whose weights are not all there.
+        ValueError: for a checkpoint that is none, or whose weights are not those of its config.
     """
     model: Any
     if isinstance(source, PreTrainedModel):
         model = source.base_model
     else:
         model, info = AutoModel.from_pretrained(source, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(
-                f"{source} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])})."
-            )
+        problem = unfit_weights(model, model, info)
+        if problem is not None:
+            raise ValueError(f"The weights of {source} don't fit its config: {problem}. {INSTEAD}")
     check_native(model)
     return model
 

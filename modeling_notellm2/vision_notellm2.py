@@ -120,7 +120,9 @@ def _of_one_size(
             tokens = outputs.hidden_states[feature_layer]
         leads = _leads_with_class_token(vision_model, tokens, pixel_values)
         registers = getattr(vision_model.config, "num_register_tokens", 0) or 0
-        class_state, patches = (tokens[:, 0], tokens[:, 1 + registers :]) if leads else (class_state, tokens)
+        timm = getattr(vision_model, "timm_model", None)  # says itself how many tokens are no patches
+        first = getattr(timm, "num_prefix_tokens", 1 + registers if leads else 0)
+        class_state, patches = tokens[:, 0] if leads else class_state, tokens[:, first:]
     has_pooled = isinstance(pooled, torch.Tensor) and pooled.shape[0] == images
     candidates = {
         "cls": None if class_state is None else class_state.flatten(1),

@@ -7,6 +7,8 @@ import transformers as hf
 from PIL import Image
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
+from modeling_notellm2.native_notellm2 import load_native_model, native_settings
+from tests.support.families import multimodal_families, tiny_model
 from tests.support.native_models import image_processor_for, saved_checkpoint, tiny_checkpoint, tokenizer_for
 
 
@@ -224,6 +226,30 @@ def test_refused_with_what_to_use_instead(family, reason):
     checkpoint = tiny_checkpoint(family)
     with pytest.raises(ValueError, match=rf'{reason}.*Use connector="qformer"'):
         NoteLLM2Model.from_vision_text_pretrained(checkpoint, checkpoint)
+
+
+def test_weights_that_are_not_in_the_checkpoint_end_the_join(tmp_path):
+    checkpoint = saved_checkpoint("llava", tmp_path)
+    weights = {name: value for name, value in checkpoint.state_dict().items() if "multi_modal_projector" not in name}
+    checkpoint.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match="don't fit its config: 4 weights of LlavaModel are missing"):
+        NoteLLM2Model.from_vision_text_pretrained(str(tmp_path), str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in multimodal_families() if name not in FAMILIES])
+def test_every_other_family_is_right_or_refused_with_what_to_use_instead(family):
+    """The trial of joining compares with the family's own states of a picture's pixels."""
+    try:
+        checkpoint = tiny_model(family)
+    except Exception as error:
+        pytest.skip(f"transformers makes no tiny model: {error}")
+    refusal = ""
+    try:
+        settings = native_settings(load_native_model(checkpoint), check=True)
+    except ValueError as error:
+        settings, refusal = {}, str(error)
+    assert 'Use connector="qformer"' in refusal or settings["image_token_id"] == checkpoint.config.image_token_id
 
 
 def test_two_checkpoints_have_no_merger_between_them():

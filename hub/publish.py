@@ -51,6 +51,9 @@ class PublishArguments:
     test_pairs: str | None = field(default=None, metadata={"help": "Pair table to measure on, with --dataset."})
     split: str | None = split_option()
     encoding: str | None = encoding_option()
+    pictures_anywhere: bool = field(
+        default=False, metadata={"help": "With --dataset: also pictures that lie outside the item table's folder."}
+    )
     made_by: str | None = field(
         default=None, metadata={"help": "How the data were made, a few sentences for the data set's card."}
     )
@@ -89,7 +92,14 @@ def prepare(arguments: PublishArguments, staging: Path) -> Publication:
         data = DataDetails(arguments.repo, arguments.license, arguments.languages, arguments.made_by)
         tables = {"train_pairs": arguments.pairs, "test_pairs": arguments.test_pairs}
         return prepare_dataset(
-            arguments.items, tables, staging, data, Path(arguments.rejects), arguments.split, arguments.encoding
+            arguments.items,
+            tables,
+            staging,
+            data,
+            Path(arguments.rejects),
+            arguments.split,
+            arguments.encoding,
+            arguments.pictures_anywhere,
         )
     assert arguments.model
     if arguments.space:

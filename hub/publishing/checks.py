@@ -160,6 +160,20 @@ def _pickle_faults(name: str, path: Path) -> Iterator[Fault]:
             yield Fault(name, f"an archive with the pickle {inside[0]}", remedy)
 
 
+def secrets_in(content: bytes, here: re.Pattern[bytes]) -> Iterator[str]:
+    """What a text that users wrote holds and nobody else should read: secrets, and folders of this machine.
+
+    Args:
+        content: the text in UTF-8.
+        here: as `own_folders` gives it.
+    """
+    for what, pattern in SECRET_PATTERNS.items():
+        if pattern.search(content):
+            yield f"what looks like {what}"
+    if match := here.search(content):
+        yield f"a path of this machine, {match[0].decode(errors='replace')}"
+
+
 def _text_faults(name: str, path: Path, here: re.Pattern[bytes]) -> Iterator[Fault]:
     with path.open("rb") as stream:
         if b"\0" in stream.read(8192):

@@ -5,6 +5,7 @@ reads it by name. Columns beyond those of items and pairs (labels, splits) go al
 left out, counted in the card and listed in a rejects file.
 """
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from huggingface_hub import DatasetCardData
 from jinja2 import Environment, StrictUndefined
 from tqdm.auto import tqdm
 
-from hub.publishing.checks import RefusedError, file_faults
+from hub.publishing.checks import Fault, RefusedError, file_faults, own_folders, secrets_in
 from hub.publishing.sending import Publication
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.prompts_notellm2 import ItemError
@@ -41,6 +42,7 @@ SPLITS = {ITEMS: "train", "train_pairs": "train", "test_pairs": "test"}
 """Split of each config."""
 ROWS = 500
 """Rows written at once."""
+MOST_FAULTS = 20
 SHARD_BYTES = 400 * 2**20
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 Row = dict[str, Any]
@@ -70,12 +72,14 @@ class WrittenTable:
     Attributes:
         columns: Arrow type by name.
         filled: rows in which each column has a value.
+        secrets: texts that must not be published, the first `MOST_FAULTS` of them.
     """
 
     rows: int = 0
     rejects: int = 0
     columns: dict[str, str] = field(default_factory=dict)
     filled: Counter[str] = field(default_factory=Counter)
+    secrets: list[Fault] = field(default_factory=list)
 
 
 class RejectsFile:
@@ -105,6 +109,7 @@ def prepare_dataset(
     rejects: Path,
     split: str | None = None,
     encoding: str | None = None,
+    pictures_anywhere: bool = False,
 ) -> Publication:
     """Writes all tables and the card.
 
@@ -115,15 +120,16 @@ def prepare_dataset(
         rejects: file that lists rows left out.
         split: of the items; None: all.
         encoding: of text tables, as of `training.tables.reading.open_table`.
+        pictures_anywhere: also pictures outside the table's folder.
 
     Raises:
         TableError, ValueError: for a table that can't be read, or has no usable row.
-        RefusedError: when secrets or paths of this machine stand in the card.
+        RefusedError: when secrets or paths of this machine stand in the tables' texts or in the card.
     """
     written: dict[str, WrittenTable] = {}
     with RejectsFile(rejects) as listed:
         loaded = load_items(items, split, check_images=False, encoding=encoding)  # they are opened one by one
-        written[ITEMS], published = write_items(*loaded, staging, listed)
+        written[ITEMS], published = write_items(*loaded, staging, listed, pictures_anywhere=pictures_anywhere)
         for config, source in pairs.items():
             if source is not None:
                 written[config] = write_pairs(open_table(source, encoding=encoding), config, staging, listed, published)
@@ -131,6 +137,8 @@ def prepare_dataset(
         if not table.rows:
             raise ValueError(f"{config}: no usable row; {rejects} lists why.")
     (staging / "README.md").write_text(dataset_card(written, details), encoding="utf-8")
+    if secrets := [fault for table in written.values() for fault in table.secrets]:
+        raise RefusedError(secrets)
     files = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
     if faults := file_faults({"README.md": files["README.md"]}):
         raise RefusedError(faults)
@@ -138,10 +146,21 @@ def prepare_dataset(
 
 
 def write_items(
-    items: ItemTable, rejects: Rejects, staging: Path, listed: RejectsFile, every_column: bool = True
+    items: ItemTable,
+    rejects: Rejects,
+    staging: Path,
+    listed: RejectsFile,
+    every_column: bool = True,
+    pictures_anywhere: bool = False,
 ) -> tuple[WrittenTable, ItemTable]:
-    """Items with their pictures' bytes, and which of them these are."""
+    """Items with their pictures' bytes, and which of them these are.
+
+    Args:
+        every_column: also those that are no fields of items.
+        pictures_anywhere: also pictures outside the table's folder.
+    """
     written = WrittenTable()
+    folders = None if pictures_anywhere else items.table.folders
     published: list[int] = []
     own = [name for name in items.table.column_names if every_column and name not in ("item_id", *ITEM_FIELDS)]
 
@@ -152,7 +171,7 @@ def write_items(
             rows: list[Row] = []
             for position in items.between(start, stop):
                 file, number = items.place(position)
-                item, faults = published_item(items[position])
+                item, faults = published_item(items[position], folders)
                 lost += [
                     (file, number, Reject(items.table.source, number, [item["item_id"]], fault, file))
                     for fault in faults
@@ -175,31 +194,47 @@ def write_items(
     return written, items.select(published)
 
 
-def published_item(item: Item) -> tuple[Row, list[str]]:
-    """An item as others can read it, and why pictures of it can't be read.
+def published_item(item: Item, folders: Sequence[Path] | None = None) -> tuple[Row, list[str]]:
+    """An item as others can read it, and why pictures of it can't be published.
 
     The pictures are a list of `{"bytes", "path"}`, the path a bare name.
+
+    Args:
+        folders: below which picture files must lie; None: anywhere.
     """
     pictures, faults = [], []
     for source in image_sources(item.get("image")):
         try:
+            _require_within(source, folders)
             pictures.append(published_image(source))
         except ItemError as error:
             faults.append(str(error))
     return {**{name: item.get(name) for name in ("item_id", *ITEM_FIELDS)}, "image": pictures}, faults
 
 
+def _require_within(source: Any, folders: Sequence[Path] | None) -> None:
+    if folders is None or isinstance(source, bytes):
+        return
+    path = Path(source).resolve()
+    if not any(path.is_relative_to(folder.resolve()) for folder in folders):
+        raise ItemError(f"{source} lies outside the table's folder: put it there, or pass --pictures_anywhere")
+
+
 def published_image(source: Any) -> Row:
-    """The file's own bytes, after it was opened once.
+    """A picture as the model sees it, written anew: nothing of its metadata (place, author, comments) goes along.
+
+    JPEG stays JPEG, of quality 95; everything else becomes PNG, which loses nothing.
 
     Raises:
         ItemError: for a picture that can't be read.
     """
-    load_image(source)
-    if isinstance(source, bytes):
-        return {"bytes": source, "path": None}
-    path = Path(source)
-    return {"bytes": path.read_bytes(), "path": path.name}
+    image = load_image(source)
+    image.info.clear()  # some of it would be written again
+    encoded, name = (source, None) if isinstance(source, bytes) else (Path(source).read_bytes(), Path(source).stem)
+    is_jpeg = encoded.startswith(b"\xff\xd8")
+    stream = io.BytesIO()
+    image.save(stream, "JPEG" if is_jpeg else "PNG", **({"quality": 95} if is_jpeg else {}))
+    return {"bytes": stream.getvalue(), "path": name and f"{name}.{'jpg' if is_jpeg else 'png'}"}
 
 
 def write_pairs(table: Table, config: str, staging: Path, listed: RejectsFile, published: ItemTable) -> WrittenTable:
@@ -273,6 +308,7 @@ def write_table(
         with pq.ParquetWriter(path, schema) as writer:
             while path.stat().st_size < SHARD_BYTES and (block := list(islice(rows, ROWS))):
                 known = [{name: row.get(name) for name in schema.names} for row in block]
+                written.secrets += list(islice(_secrets_of(config, known), MOST_FAULTS - len(written.secrets)))
                 writer.write_table(pa.Table.from_pylist(known, schema=schema))
                 written.rows += len(block)
                 written.filled.update(
@@ -281,6 +317,17 @@ def write_table(
             finished = not block
         if finished:
             return
+
+
+def _secrets_of(config: str, rows: Sequence[Row]) -> Iterator[Fault]:
+    """What looks like a secret in any text of some rows."""
+    here = own_folders(None)
+    for row in rows:
+        name = row.get("item_id") or row.get("query_id")
+        for column, value in row.items():
+            texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+            for what in secrets_in("\n".join(texts).encode(errors="replace"), here):
+                yield Fault(f"{config}, {name!r}, column {column}", what, "Take it out of the table.")
 
 
 def dataset_card(written: Mapping[str, WrittenTable], details: DataDetails) -> str:

@@ -1,16 +1,21 @@
 """Adapters, data sets and the app by way of the stand-in for the Hub."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from peft import PeftModel
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from transformers import AutoModel, AutoProcessor
 
@@ -113,6 +118,8 @@ def test_an_adapter_alone_finds_its_base_by_name(at_hub, base, coloured_tables, 
 
 TRAIN = """
 import sys
+from dataclasses import replace
+from pathlib import Path
 from datasets import load_dataset
 from training.run import main
 from training.tables.items import load_items
@@ -210,6 +217,8 @@ def test_text_tables_become_a_data_set_with_their_pictures(at_hub, tmp_path):
 
 SPACE = """
 import sys
+from dataclasses import replace
+from pathlib import Path
 sys.path.append(sys.argv[1])
 import json, os, runpy
 import gradio
@@ -259,3 +268,47 @@ def test_the_space_starts_with_what_was_published(at_hub, base, table, tiny_mode
     result = run_fresh(SPACE, at_hub, tmp_path)
     assert result["host"] == "0.0.0.0"
     assert len(result["rows"]) == 5 and "70 items" in result["status"]
+
+
+def test_a_data_set_carries_no_metadata_no_secrets_and_no_files_from_elsewhere(at_hub, tmp_path, tmp_path_factory):
+    exif = Image.Exif()
+    exif[0x013B], exif[0x8825] = "an artist", {1: "N", 2: (52.0, 30.0, 0.0)}
+    notes = PngInfo()
+    notes.add_text("Comment", "a token")
+    colours = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(colours).save(tmp_path / "a.jpg", exif=exif, comment=b"a comment", quality=95)
+    Image.fromarray(colours).save(tmp_path / "b.png", pnginfo=notes, exif=exif)
+    outside = tmp_path_factory.mktemp("elsewhere") / "c.png"
+    Image.fromarray(colours).save(outside)
+    rows = [
+        {"item_id": "a", "title": "A", "image": "a.jpg"},
+        {"item_id": "b", "title": "B", "image": "b.png"},
+        {"item_id": "c", "title": "C", "image": str(outside)},
+    ]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "pairs.csv").write_text("query_id,target_id\na,b\n")
+    wanted = PublishArguments("org/clean", dataset=True, items="items.jsonl", pairs="pairs.csv")
+    publish(wanted, QUIET)
+    files = at_hub.repo("org/clean", "dataset").find("main").files
+    items = pq.read_table(at_hub.store.path(files["data/items-00000.parquet"].key)).to_pylist()
+    assert [(item["item_id"], item["image"]["path"]) for item in items] == [("a", "a.jpg"), ("b", "b.png")]
+    for item in items:
+        picture_alone = Image.open(io.BytesIO(item["image"]["bytes"]))
+        assert not picture_alone.getexif() and not {"comment", "Comment", "exif"} & picture_alone.info.keys()
+        assert not any(word in item["image"]["bytes"] for word in (b"artist", b"comment", b"Comment"))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(items[1]["image"]["bytes"]))), colours)
+    assert "lies outside the table's folder" in (tmp_path / "publish_rejects.jsonl").read_text()
+    publish(replace(wanted, repo="org/all", pictures_anywhere=True), QUIET)
+    files = at_hub.repo("org/all", "dataset").find("main").files
+    assert len(pq.read_table(at_hub.store.path(files["data/items-00000.parquet"].key))) == 3
+
+    rows[1]["topics"] = ["x", "hf_" + "a" * 34]
+    rows[0]["shop"] = f"see {Path.home()}/notes.txt"
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RefusedError) as refused:
+        publish(replace(wanted, repo="org/leaky"), QUIET)
+    assert [(fault.file, fault.what.split(",")[0]) for fault in refused.value.faults] == [
+        ("items, 'a', column shop", "a path of this machine"),
+        ("items, 'b', column topics", "what looks like a Hugging Face token"),
+    ]
+    assert "leaky" not in str(at_hub.log)

@@ -11,8 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from transformers import LlamaConfig, LlamaModel
 
-from hub.assemble import layer_numbers
 from hub.backbones import packaged as packaged_backbones
+from hub.backbones.assembling import layer_numbers
 from hub.backbones.layers import keep_layers
 from hub.backbones.packaged import (
     efficientnet_lite0_image_processor,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, LlamaModel, Qwen2Model
 
-from hub import assemble
-from hub.assemble import AssembleArguments
+from hub.backbones import assembling
+from hub.backbones.assembling import AssembleArguments
 from hub.backbones.joining import check_saved
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
 from tests.support.families import tiny_model
@@ -32,22 +32,22 @@ def test_a_folder_of_a_model_with_padding_on_one_side(halves, tmp_path):
     tiny_model("rwkv").save_pretrained(tmp_path / "rwkv")
     make_tokenizer().save_pretrained(tmp_path / "rwkv")
     options = arguments((halves[0], tmp_path / "rwkv"), tmp_path / "out")
-    model, processor = assemble.assemble(options)
-    assemble.save(model, processor, options)
+    model, processor = assembling.assemble(options)
+    assembling.save(model, processor, options)
     assert NoteLLM2Model.from_pretrained(tmp_path / "out").config.padding_side == "right"
     assert NoteLLM2Processor.from_pretrained(tmp_path / "out").tokenizer.padding_side == "right"
 
 
 def test_a_model_that_would_load_otherwise_is_not_kept(halves, tmp_path, monkeypatch):
     options = arguments(halves, tmp_path / "out")
-    model, processor = assemble.assemble(options)
+    model, processor = assembling.assemble(options)
     monkeypatch.setattr(type(model.language_model), "_keys_to_ignore_on_save", ["norm.weight"], raising=False)
     model._keys_to_ignore_on_save = {"language_model.norm.weight"}
     with pytest.raises(ValueError, match=r"does not load whole: 1 missing \(language_model.norm.weight\)"):
-        assemble.save(model, processor, options)
+        assembling.save(model, processor, options)
     assert not (tmp_path / "out").exists()
     options.check = False
-    assemble.save(model, processor, options)
+    assembling.save(model, processor, options)
     assert (tmp_path / "out").exists()
 
 
@@ -68,7 +68,7 @@ def test_a_folder_without_a_tokenizer_is_refused(family, halves, tmp_path):
     source = tiny_model(family)
     source.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="can't spell a text.*made one up"):
-        assemble.assemble(arguments((halves[0], tmp_path / "bare"), tmp_path / "out"))
+        assembling.assemble(arguments((halves[0], tmp_path / "bare"), tmp_path / "out"))
     model = NoteLLM2Model.from_vision_text_pretrained(
         CLIPVisionModel.from_pretrained(halves[0]), str(tmp_path / "bare")
     )
@@ -95,7 +95,7 @@ def test_a_tokenizer_with_gaps_is_refused():
 
 def test_text_layers_of_a_folder(halves, tmp_path):
     options = arguments(halves, tmp_path / "out", text_layers="1")
-    model, processor = assemble.assemble(options)
-    assemble.save(model, processor, options)
+    model, processor = assembling.assemble(options)
+    assembling.save(model, processor, options)
     assert isinstance(model.language_model, LlamaModel) and not isinstance(model.language_model, Qwen2Model)
     assert NoteLLM2Model.from_pretrained(tmp_path / "out").config.text_config.num_hidden_layers == 1

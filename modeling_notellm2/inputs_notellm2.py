@@ -1,8 +1,13 @@
 """Where the slots of a batch are, and that they match its images: a mismatch is an error that names the row."""
 
 import torch
+from transformers import PreTrainedConfig
 
 from .configuration_notellm2 import NoteLLM2Config
+
+
+BATCHWISE_SCALINGS = ("dynamic", "longrope")
+"""Kinds of rotary positions that follow the longest row of a batch."""
 
 
 def positions_of(input_ids: torch.Tensor, token_id: int | None) -> torch.Tensor:
@@ -30,6 +35,30 @@ def check_padding(attention_mask: torch.Tensor, padding_side: str | None) -> Non
         raise ValueError(
             f"Row {wrong[0]} is padded on the other side than the {padding_side}, where alone this model's LLM reads padding "
             f'rightly. Pass padding_side="{padding_side}" to the processor, or leave it out.'
+        )
+
+
+def check_lengths(attention_mask: torch.Tensor, text_config: PreTrainedConfig) -> None:
+    """Raises ValueError, naming the row, for a text beyond the length up to which an LLM's positions stay what they are.
+
+    Some scalings of rotary positions ("dynamic", "longrope") change all of a batch's where its longest row passes that
+    length, so that an item's embedding would depend on its neighbours.
+    """
+    if torch.compiler.is_compiling():
+        return
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    scalings = [scaling for scaling in (rope, *rope.values()) if isinstance(scaling, dict)]
+    limits = [
+        scaling.get("original_max_position_embeddings") or text_config.max_position_embeddings
+        for scaling in scalings
+        if scaling.get("rope_type") in BATCHWISE_SCALINGS
+    ]
+    lengths = attention_mask.sum(-1)
+    wrong = (lengths > min(limits)).nonzero().flatten().tolist() if limits else []
+    if wrong:
+        raise ValueError(
+            f"Row {wrong[0]} has {int(lengths[wrong[0]])} tokens; beyond {min(limits)} this LLM scales the positions of a whole "
+            "batch, so that embeddings would depend on their neighbours. Lower the processor's limits on texts or max_pixels."
         )
 
 

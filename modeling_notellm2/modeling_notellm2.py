@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from .backbones_notellm2 import ItemTokens, fit_token_embeddings, item_tokens, language_stack, tokenizer_of
 from .configuration_notellm2 import NoteLLM2Config
 from .fusion_notellm2 import NoteLLM2LateFusion, NoteLLM2Projector, mean_of_images
-from .inputs_notellm2 import check_padding, count_images, last_position, positions_of, states_at
+from .inputs_notellm2 import check_lengths, check_padding, count_images, last_position, positions_of, states_at
 from .joining_notellm2 import connector_between, join_dtypes, load_halves, load_native
 from .language_notellm2 import LanguageCall, build_language_model, call_language_model, embedding_width, takes_positions
 from .loss_notellm2 import add_losses
@@ -329,6 +329,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         has_image = torch.gt(counts, 0)
 
         check_padding(attention_mask, self.config.padding_side)
+        check_lengths(attention_mask, self.config.get_text_config())
         outputs = self._read(input_ids, attention_mask, features, total, **kwargs)
         summary = None if features is None else mean_of_images(features.pooler_output, counts)
         hidden = outputs.last_hidden_state

@@ -82,6 +82,28 @@ def test_a_model_padded_on_one_side_refuses_the_other(tmp_path):
         model(**again(["a", "longer"], return_tensors="pt", padding_side="left"))
 
 
+@pytest.mark.parametrize(
+    ("family", "most", "rope"),
+    [
+        ("llama", 32, {"rope_type": "dynamic", "factor": 2.0}),
+        ("phi3", 64, {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}),
+    ],
+)
+def test_positions_that_follow_the_longest_row_end_where_they_would_change(family, most, rope):
+    """Beyond that length a short text's embedding in a batch differed from that alone by 0.04 to 0.7."""
+    length = {"original_max_position_embeddings": 32} if most > 32 else {}
+    rope = {**rope, **length, "rope_theta": 1e4}
+    config = shrunk(hf.CONFIG_MAPPING[family], max_position_embeddings=most, rope_parameters=rope, **length)
+    text = hf.AutoModel.from_config(config).eval()
+    strengthen(text)
+    model = join(text)
+    processor = NoteLLM2Processor.from_vision_text_pretrained(make_image_processor(), make_tokenizer(), model=model)
+    short, longer = processor(text="a", return_tensors="pt"), processor(text=["a", "b" * 32], return_tensors="pt")
+    assert (model(**short).embeddings - model(**longer).embeddings[:1]).abs().max() < 5e-5
+    with pytest.raises(ValueError, match="Row 1 has 33 tokens; beyond 32 this LLM scales the positions"):
+        model(**processor(text=["a", "b" * 33], return_tensors="pt"))
+
+
 def test_widths_come_from_the_model(tmp_path):
     """OPT-350m's states are narrower than its hidden_size."""
     config = shrunk(hf.OPTConfig, word_embed_proj_dim=32)

@@ -19,6 +19,7 @@ from tests.support.models import (
     save_dual_encoder,
     save_text_model,
 )
+from tests.support.native_models import saved_checkpoint
 
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,7 @@ READMES = ["README.md", "training/README.md", "hub/README.md"]
 STAND_INS = {
     "Qwen/Qwen3-0.6B": "backbones/text",
     "google/siglip2-base-patch16-224": "backbones/vision",
+    "Qwen/Qwen3-VL-Embedding-2B": "backbones/native",
     "sentence-transformers/all-MiniLM-L6-v2": "others/texts",
     "openai/clip-vit-base-patch32": "others/clip",
     "ORG/NAME": "org/readme",
@@ -114,6 +116,7 @@ def clone(tmp_path, tiny_model_folder):
     make_image_processor().save_pretrained(folder / "backbones" / "vision")
     text.save_pretrained(folder / "backbones" / "text")
     make_tokenizer().save_pretrained(folder / "backbones" / "text")
+    saved_checkpoint("qwen3_vl", folder / "backbones" / "native")
     save_text_model(folder / "others" / "texts")
     save_dual_encoder("clip", folder / "others" / "clip")
     return folder

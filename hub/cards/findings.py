@@ -13,6 +13,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from training.tables.commands.markdown import as_text
+
 
 NAMES = {
     "both": "picture and text",
@@ -110,7 +112,9 @@ def results_table(metrics: Metrics) -> dict[str, Any] | None:
         for part in dict.fromkeys(key.rsplit("/", 1)[0] for key in figures if "/" in key):
             shown = [figures.get(f"{part}/{column}") for column in columns]
             cells = ["" if figure is None else f"{figure:.3f}" for figure in shown]
-            rows.append({"name": label if stage == part else f"{label}: {NAMES.get(part, part)}", "cells": cells})
+            rows.append(
+                {"name": label if stage == part else f"{label}: {NAMES.get(part, as_text(part))}", "cells": cells}
+            )
     return {"columns": columns, "rows": rows} if columns else None
 
 

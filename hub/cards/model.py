@@ -8,6 +8,8 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from training.tables.commands.markdown import as_text
+
 
 @dataclass(frozen=True)
 class DescribedModel:
@@ -136,4 +138,4 @@ def link(base: str | None) -> str:
     """A base model as Markdown."""
     if not base:
         return "not recorded"
-    return f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else base
+    return f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else as_text(base)

@@ -12,6 +12,7 @@ from hub.cards.model import DescribedModel, check_id, is_hub_id, read_model
 from hub.cards.mteb_scores import mteb_results, read_scores
 from training.tables.commands.files import atomic_write, write_text
 from training.tables.commands.hashes import check_weights, weights_of
+from training.tables.commands.markdown import as_text
 from training.tables.commands.outputs import stranger_at
 
 
@@ -118,7 +119,7 @@ def write_card(
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        title=name,
+        title=as_text(name),
         summary=summary(model),
         width=model.width,
         parts=model.parts,
@@ -212,10 +213,10 @@ def copy_plots(plots: Sequence[str | Path], folder: Path, replace: bool = False)
                 raise ValueError(f"{target} is another picture; pass replace (--replace) to write over it.")
             with atomic_write(target) as place:
                 shutil.copyfile(plot, place)
-        copied.append({"name": plot.stem.replace("_", " "), "path": f"assets/{target.name}"})
+        copied.append({"name": as_text(plot.stem.replace("_", " ")), "path": f"assets/{target.name}"})
     return copied
 
 
 def _one_line(value: Any) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, list) else "yes" if value is True else str(value)
-    return " ".join(text.split()).replace("|", "\\|")
+    return as_text(text)

@@ -30,6 +30,7 @@ from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.prompts_notellm2 import ItemError
 from training.tables.columns import ITEM_FIELDS
 from training.tables.commands.files import atomic_write
+from training.tables.commands.markdown import as_text
 from training.tables.items import Item, ItemTable, load_items
 from training.tables.pairs import PAIR_IDS
 from training.tables.reading import Table, open_table
@@ -346,6 +347,7 @@ def dataset_card(written: Mapping[str, WrittenTable], details: DataDetails) -> s
         ],
     )
     template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    template.filters["text"] = as_text
     return template.from_string(CARD.read_text(encoding="utf-8")).render(
         metadata=data.to_yaml(), tables=written, splits=SPLITS, details=details
     )

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from training.tables.commands.handler import plain_console
+from training.tables.commands.markdown import as_text
 from training.tables.commands.outputs import MARK
 
 
@@ -25,7 +26,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     counts = report["counts"]
     lines = [
         f"<!-- {MARK} -->",
-        f"# Evaluation of `{report['model']}`",
+        f"# Evaluation of {as_text(report['model'])}",
         "",
         f"{counts['items']} items, {counts['pairs']} pairs, {counts['rejected_rows']} rows left out. In brackets: "
         f"{confidence} bootstrap intervals over queries. Ties count against the model.",
@@ -43,7 +44,7 @@ def as_markdown(report: dict[str, Any]) -> str:
             names = metric_names(report, protocol)
             lines += ["", together_title(report, protocol), "", *_markdown(*together_rows(report, protocol, names))]
     for other in report["comparison"]:
-        lines += ["", f"## Difference to `{other['model']}` on the same queries, modality by modality", ""]
+        lines += ["", f"## Difference to {as_text(other['model'])} on the same queries, modality by modality", ""]
         lines += _markdown(*comparison_rows(other))
     if report["plots"]:
         lines += ["", "## Plots", "", *(f"![{name}]({place})" for name, place in report["plots"].items())]
@@ -225,8 +226,9 @@ def _difference(measured: dict[str, float]) -> list[str]:
 
 
 def _markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines]
+    lines = [[as_text(cell) for cell in line] for line in (titles, *rows)]
+    lines.insert(1, ["---"] * len(titles))
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _print(console: Console, title: str, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

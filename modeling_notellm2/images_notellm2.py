@@ -9,12 +9,14 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from .prompts_notellm2 import ItemError
+from .texts_notellm2 import is_missing
 
 
 MAX_PIXELS = 178_956_970
@@ -35,10 +37,10 @@ def image_sources(image: Any) -> list[Any]:
 
 
 def is_nan(image: Any) -> bool:
-    """Whether an item's image is the NaN with which data frames fill a gap, or a list of nothing but such."""
+    """Whether an item's image is the NaN, NaT or NA with which data frames fill a gap, or a list of nothing but such."""
     if isinstance(image, (list, tuple)):
         return bool(image) and all(map(is_nan, image))
-    return isinstance(image, (float, np.floating)) and bool(np.isnan(image))
+    return image is not None and not isinstance(image, Image.Image) and is_missing(image)
 
 
 def load_image(source: Any) -> Image.Image:
@@ -67,10 +69,10 @@ def load_image(source: Any) -> Image.Image:
     except ItemError:
         raise
     except FileNotFoundError as error:
-        raise ItemError(f"image file {error.filename} does not exist") from error
+        raise ItemError(f"image file {str(error.filename)[:300]} does not exist") from error
     except Exception as error:  # decoders raise errors of every kind for bytes that they don't understand
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        raise ItemError(f"image can't be read ({kind}{without_addresses(error)})") from error
+        raise ItemError(f"image can't be read ({kind}{without_addresses(error)[:300]})") from error
 
 
 def without_addresses(error: Exception) -> str:
@@ -127,15 +129,28 @@ def _middle(image: Image.Image) -> Image.Image:
 
 
 def _is_absent(source: Any) -> bool:
-    if source is None or is_nan(source) or (isinstance(source, str) and not source):
+    if source is None or is_nan(source) or (isinstance(source, str) and not source.strip()):
         return True
-    return isinstance(source, Mapping) and source.get("bytes") is None and not source.get("path")
+    return isinstance(source, Mapping) and not _is_foreign(source) and not _held(source)
+
+
+def _is_foreign(source: Mapping[str, Any]) -> bool:
+    """Whether a dict has entries, and neither of those that hold a picture."""
+    return bool(source) and source.keys().isdisjoint({"bytes", "path"})
+
+
+def _held(source: Mapping[str, Any]) -> bool:
+    return source.get("bytes") is not None or bool(source.get("path"))
 
 
 def _open(source: Any) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, Mapping):
+        if _is_foreign(source):
+            raise ItemError(f"image is a dict of {', '.join(map(str, source))[:80]}; expected one of bytes and path")
+        if not isinstance(source.get("bytes"), (bytes, bytearray, memoryview, NoneType)):
+            raise ItemError(f"image has bytes that are a {type(source['bytes']).__name__}")
         source = source.get("bytes") or source.get("path") or b""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return Image.open(io.BytesIO(source))

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,23 @@ def as_item(raw: Any) -> Mapping[str, Any]:
     raise ItemError(f"an item is a {type(raw).__name__}; expected a dict, a string, a PIL image or a path")
 
 
+def as_batch(items: Any) -> list[Any]:
+    """One item, or many in any order that holds, as a list.
+
+    Raises:
+        ItemError: for what is neither; a data frame would give its columns' names.
+    """
+    if isinstance(items, np.ndarray) and items.ndim != 1:
+        return [items]
+    if isinstance(items, (Mapping, str, Image.Image, os.PathLike)):
+        return [items]
+    if isinstance(items, (bytes, bytearray, set, frozenset)) or not isinstance(items, Iterable):
+        raise ItemError(f"items are a {type(items).__name__}; expected one item or a list of items")
+    if hasattr(items, "iterrows"):
+        raise ItemError('items are a data frame; pass its rows: frame.to_dict("records")')
+    return list(items)
+
+
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
     """Puts the item's place before an error about it."""
@@ -37,4 +54,4 @@ def naming(where: str) -> Iterator[None]:
         raise ItemError(f"{where}: {error}") from error
 
 
-__all__ = ["as_item", "naming"]
+__all__ = ["as_batch", "as_item", "naming"]

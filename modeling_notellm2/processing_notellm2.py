@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
 from .backbones_notellm2 import item_tokens
 from .images_notellm2 import image_sources, is_nan, load_image
-from .items_notellm2 import as_item, naming
+from .items_notellm2 import as_batch, as_item, naming
 from .pixels_notellm2 import (
     join_pictures,
     keeps_sizes,
@@ -259,18 +259,15 @@ class NoteLLM2Processor(ProcessorMixin):
             }
         if process_images and pictures:
             data |= join_pictures(pictures)
-        if not rows and return_tensors is not None:  # an empty list has no type, and torch takes it for floats
-            shapes = {"num_images": (0,)}
-            data = {name: np.zeros(shapes.get(name, (0, 0)), dtype=np.int64) for name in data}
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _read_items(self, items: Any) -> tuple[list[list[Piece]], list[tuple[list[Any], str]]]:
         """Pieces of each item, and its image sources with the words that name the item in errors."""
-        batch = [items] if isinstance(items, (Mapping, str, Image.Image, os.PathLike)) else list(items)
+        batch = as_batch(items)
         rows, sources = [], []
         for number, raw in enumerate(batch):
             item_id = raw.get("item_id") if isinstance(raw, Mapping) else None
-            where = f"row {number}" + ("" if item_id is None else f" (item_id {item_id!r})")
+            where = f"row {number}" + ("" if item_id is None else f" (item_id {item_id!r:.80})")
             with naming(where):
                 item = as_item(raw)
                 rows.append(self._pieces(item))

@@ -4,12 +4,15 @@ A prompt is a list of pieces in which the slots (image, read-out) are separate o
 never be taken for a slot, whatever characters it has.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+import numpy as np
+
+from .texts_notellm2 import CellError, is_missing, plain_text
 
 
 ITEM_FIELDS = ("title", "topics", "content", "image")
@@ -172,22 +175,19 @@ def _field(item: Mapping[str, Any], name: str) -> str:
 
 
 def _text(value: Any, name: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise ItemError(f"{name} is a {type(value).__name__}; a string is expected")
-    return value.replace("\0", "")
+    try:
+        return plain_text(value).replace("\0", "")
+    except CellError as error:
+        raise ItemError(f"{name} is {error}") from error
 
 
 def _topics(item: Mapping[str, Any]) -> list[str]:
     topics = item.get("topics")
-    if topics is None or (isinstance(topics, float) and math.isnan(topics)):
+    if is_missing(topics):
         return []
     if isinstance(topics, str):
         raise ItemError(f"topics is the string {topics[:40]!r}; a list of strings is expected")
-    if not isinstance(topics, Iterable):
+    if not isinstance(topics, (list, tuple, np.ndarray)):  # a set has no order, a dict no topics, an iterator ends
         raise ItemError(f"topics is a {type(topics).__name__}; a list of strings is expected")
     return [_text(topic, "a topic") for topic in topics]
 

@@ -9,8 +9,8 @@ from hub.catalogue.catalogue import VISUAL_EMBEDDING
 from hub.catalogue.encoder import ItemEncoder, Place
 from hub.catalogue.encoding import describe_model, find_model, model_changes
 from hub.catalogue.index import Index
+from modeling_notellm2.texts_notellm2 import CellError
 from training.tables.columns import item_of
-from training.tables.texts import CellError
 
 
 def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto") -> np.ndarray:

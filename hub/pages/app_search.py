@@ -22,9 +22,9 @@ from hub.catalogue.encoding import EncodeArguments, describe_job, describe_model
 from hub.catalogue.index import Index
 from hub.catalogue.index_building import BuildArguments, build
 from modeling_notellm2 import choose_precision
+from modeling_notellm2.texts_notellm2 import CellError
 from training.tables.columns import item_of
 from training.tables.items import ItemTable, load_items
-from training.tables.texts import CellError
 
 
 COMPARE_ALL = 10_000

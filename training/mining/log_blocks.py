@@ -17,10 +17,11 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from modeling_notellm2.texts_notellm2 import plain_text
 from training.mining.cooccurrence import IDS, LOG_COLUMNS
 from training.tables.ids import id_of
 from training.tables.lines import BadRow, Row, read_csv, read_json, text_lines
-from training.tables.texts import each_text, plain_text
+from training.tables.texts import each_text
 
 
 ROWS = 65_536

@@ -17,16 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from modeling_notellm2.texts_notellm2 import CellError, is_missing, plain_text
 from training.tables.ids import id_of, ids_of
 from training.tables.texts import (
     BLANKS,
-    CellError,
     Faults,
     class_name,
     each_text,
-    is_missing,
     is_stringlike,
-    plain_text,
     texts_of,
     unwrapped,
     values_of,

@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from training.tables.texts import BLANKS, EXACT, CellError, Faults, is_infinite, plain_text, texts_of
+from modeling_notellm2.texts_notellm2 import EXACT, CellError, plain_text
+from training.tables.texts import BLANKS, Faults, is_infinite, texts_of
 
 
 LOST_DIGITS = "a float too large to be exact, whose last digits are lost; write ids as integers or text"

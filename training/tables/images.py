@@ -78,10 +78,9 @@ def _fault(source: Any) -> str | None:
         encoded = read_encoded(source)
         if isinstance(encoded, bytes):
             with Image.open(io.BytesIO(encoded)) as opened:
-                if not 0 < opened.width * opened.height <= MAX_PIXELS:
-                    load_image(encoded)  # says so
-                opened.draft("RGB", (64, 64))  # JPEG at low resolution: cheap, and still reads the whole file
-                opened.load()
+                if 0 < opened.width * opened.height <= MAX_PIXELS:
+                    opened.draft("RGB", (64, 64))  # JPEG at low resolution: cheap, and still reads the whole file
+                load_image(opened)  # to RGB too: pixels may be NaN or in no known range
         else:
             load_image(encoded)
     except Exception as error:  # decoders raise errors of every kind

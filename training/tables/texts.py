@@ -1,75 +1,24 @@
-"""What a value is as text: one rule for the cells of every kind of table, one by one and column by column.
+"""What whole columns are as text, by the rule for one value in `modeling_notellm2.texts_notellm2`; blanks alone are empty."""
 
-Binary UTF-8 is text. Null and NaN are empty, and so are blanks alone. Whole floats are integers, truth values are `true` and
-`false`, dates and times are written as ISO 8601 with a blank. Lists and structs are no text, and neither is what isn't
-valid Unicode: nothing is ever replaced.
-"""
-
-import datetime
 import math
 import numbers
 import sys
-import uuid
 from collections.abc import Callable, Iterable, Iterator
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from modeling_notellm2.texts_notellm2 import CellError, is_missing, plain_text
+
 
 BLANKS = "".join(chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace())
 """Every character that `str.strip` takes off; engines that trim ids in SQL must take off the same."""
-EXACT = 2**53
-"""Integers beyond it are not all there as float64: a whole float up to here is an integer, one beyond has lost digits."""
-
-
-class CellError(ValueError):
-    """A value that can't be what its column is; the message says why."""
 
 
 Faults = dict[int, str]
 """Reason by row of a column."""
-
-
-def plain_text(value: Any) -> str:
-    """The text of one value, blanks around it included; "" for what is missing.
-
-    Raises:
-        CellError: for a list or struct that holds something, and for what isn't valid Unicode.
-    """
-    if isinstance(value, str):
-        return _valid(value)
-    if is_missing(value):
-        return ""
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return _decoded(bytes(value))
-    if isinstance(value, (bool, np.bool_)):
-        return "true" if value else "false"
-    if isinstance(value, numbers.Integral):
-        return str(int(value))
-    if isinstance(value, (float, np.floating)):
-        return _float_text(value)
-    if isinstance(value, Decimal):
-        return str(int(value)) if value == value.to_integral_value() else f"{value:f}"
-    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, np.datetime64, uuid.UUID)):
-        return str(value)
-    if isinstance(value, pa.Scalar):
-        raise CellError("a date or time that can't be read")
-    if hasattr(value, "__len__") and not len(value):
-        return ""
-    raise CellError(f"a {_kind(value)} where a text is expected")
-
-
-def is_missing(value: Any) -> bool:
-    """None, NaN and pandas' NaT and NA."""
-    if value is None:
-        return True
-    if isinstance(value, (str, bytes, list, tuple, dict, np.ndarray)):
-        return False
-    different = value != value
-    return different is True or different is np.True_ or type(value).__name__ == "NAType"
 
 
 def texts_of(column: pa.Array, names: list[str] | None = None) -> tuple[pa.Array, Faults]:
@@ -210,34 +159,6 @@ def class_name(value: Any, names: list[str]) -> str:
     if not -1 <= number < len(names):
         raise CellError(f"class {value} where there are {len(names)} classes")
     return names[number] if number >= 0 else ""  # -1: datasets' "no label"
-
-
-def _float_text(value: Any) -> str:
-    number = float(value)
-    if number.is_integer() and abs(number) <= EXACT:
-        return str(int(number))
-    return repr(number) if isinstance(value, float) else str(value)  # numpy writes float32 as short as it can
-
-
-def _valid(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise CellError(f"not valid Unicode: half of a surrogate pair at character {error.start}") from error
-    return text
-
-
-def _decoded(content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise CellError(f"not UTF-8: byte 0x{content[error.start]:02x} at {error.start}") from error
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, dict):
-        return "struct"
-    return "list" if isinstance(value, (list, tuple, np.ndarray)) else type(value).__name__
 
 
 def is_infinite(value: Any) -> bool:

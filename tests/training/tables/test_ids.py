@@ -9,8 +9,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from modeling_notellm2.texts_notellm2 import CellError, plain_text
 from training.tables.ids import id_of, ids_of
-from training.tables.texts import BLANKS, CellError, plain_text, texts_of
+from training.tables.texts import BLANKS, texts_of
 
 
 NO_ID = object()

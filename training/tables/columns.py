@@ -149,7 +149,7 @@ def item_from_values(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             item[name] = text
     if values.get("topics"):
         item["topics"] = values["topics"]
-    pictures = [picture["bytes"] or str(folder / picture["path"]) for picture in values.get("image") or ()]
+    pictures = [picture["bytes"] or _picture_path(picture["path"], folder) for picture in values.get("image") or ()]
     if pictures:
         item["image"] = pictures[0] if len(pictures) == 1 else pictures
     return item
@@ -160,6 +160,11 @@ def reason_of(name: str, fault: object) -> str:
     if name == "topics":
         return f"unreadable topics: {fault}"
     return str(fault) if str(fault).startswith(name) else f"{name} is {fault}"
+
+
+def _picture_path(path: str, folder: Path) -> str:
+    """Where a picture lies; a web address stays what it is, for the error to name it."""
+    return path if path.startswith(("http://", "https://")) else str(folder / path)
 
 
 def topics_column(column: pa.Array, names: list[str] | None = None) -> tuple[pa.Array, Faults]:

@@ -102,6 +102,8 @@ def test_unusable_backbones_are_refused_with_what_is_expected(tmp_path):
     with pytest.raises(ValueError, match="'t5' model, which has an encoder. A decoder-only language model is expected"):
         NoteLLM2Model.from_vision_text_pretrained(vision, folder)
     with pytest.raises(ValueError, match="can't be read as a vision encoder"):
+        NoteLLM2Model.from_vision_text_pretrained(make_backbones()[1], text)
+    with pytest.raises(ValueError, match="LlamaModel has no merger of its own"):
         NoteLLM2Model.from_vision_text_pretrained(text, text)
 
 

@@ -50,6 +50,19 @@ class Embedded:
     visual_embeddings: Tensor | None
     has_image: Tensor
 
+    def readable(self, items: ItemTable, positions: np.ndarray) -> np.ndarray:
+        """(n,) bool: which of the embedded items, those at `positions`, count. One that names pictures of which none could be
+        read doesn't: training and encoding leave it out, and here it would be known by its text alone."""
+        has_picture = items.fields_present().get("image")
+        if has_picture is None:
+            return np.ones(len(positions), dtype=bool)
+        return ~has_picture[positions] | self.has_image.numpy()
+
+    def at(self, rows: np.ndarray) -> "Embedded":
+        """The embeddings of some of the items."""
+        visual = None if self.visual_embeddings is None else self.visual_embeddings[rows]
+        return Embedded(self.embeddings[rows], visual, self.has_image[rows])
+
 
 class Embedder(Protocol):
     """A model of any kind, as an evaluation sees it.
@@ -181,8 +194,8 @@ class NoteLLM2Embedder:
 class _Without(Sequence[Item]):
     """Items at some positions, with only some of their fields."""
 
-    def __init__(self, items: Sequence[Item], positions: Sequence[int], fields: Sequence[str]):
-        self.items, self.positions, self.fields = items, positions, ("item_id", *fields)
+    def __init__(self, items: Sequence[Item], positions: np.ndarray, fields: Sequence[str]):
+        self.items, self.positions, self.fields = items, positions.tolist(), ("item_id", *fields)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -215,15 +228,18 @@ def views(
     present = items.fields_present()
     for name in modalities:
         fields = MODALITIES[name]
-        positions = np.flatnonzero(np.any([present[field] for field in fields if field in present], axis=0)).tolist()
+        positions = np.flatnonzero(np.any([present[field] for field in fields if field in present], axis=0))
         if name not in embedder.modalities or not has_pair(positions, pairs):
             continue
         start = time.perf_counter()
         embedded = embedder.embed(_Without(items, positions, fields), name)
         seconds = time.perf_counter() - start
-        yield View(name, positions, embedded.embeddings, seconds)
+        if "image" in fields:
+            readable = embedded.readable(items, positions)
+            positions, embedded = positions[readable], embedded.at(readable)
+        yield View(name, positions.tolist(), embedded.embeddings, seconds)
         if name == "image" and embedded.visual_embeddings is not None:
-            yield View("visual", positions, embedded.visual_embeddings, seconds)
+            yield View("visual", positions.tolist(), embedded.visual_embeddings, seconds)
 
 
 def evaluate(
@@ -271,7 +287,8 @@ def evaluate_in_training(
     The visual embeddings are measured over the items that have an image.
     """
     embedded = embed(model, items, collate, batch_size, "evaluation items", num_workers)
-    metrics = measure("both", embedded.embeddings, list(range(len(items))), pairs, labels)
+    readable = np.flatnonzero(embedded.readable(items, np.arange(len(items))))
+    metrics = measure("both", embedded.embeddings[readable], readable.tolist(), pairs, labels)
     flat = {name.removeprefix("both/"): value for name, value in metrics.items()}
     shown = embedded.has_image.nonzero().flatten().tolist()
     if embedded.visual_embeddings is not None and has_pair(shown, pairs):
@@ -310,6 +327,6 @@ def random_expectation(items: ItemTable, pairs: Pairs, labels: Sequence[Any] | N
     }
 
 
-def has_pair(positions: Sequence[int], pairs: Pairs) -> bool:
+def has_pair(positions: Sequence[int] | np.ndarray, pairs: Pairs) -> bool:
     """Whether some pair has two different items of those at `positions`."""
     return bool((np.isin(pairs, positions).all(1) & (pairs[:, 0] != pairs[:, 1])).any())

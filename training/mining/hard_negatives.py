@@ -29,6 +29,7 @@ from training.tables.commands.options import device_option, dtype_option, encodi
 from training.tables.commands.outputs import Output, claimed, marked
 from training.tables.items import ItemTable, load_items
 from training.tables.pairs import MatchedPairs, match_pairs
+from training.tables.rejects import TableError
 
 
 BLOCK = 4096
@@ -82,14 +83,21 @@ def mine(arguments: HardNegativesArguments) -> None:
         processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     used = np.unique(matched.pairs)
     items, pairs = items.select(used), np.searchsorted(used, matched.pairs).astype(np.int32)
-    embedded = embed(model, items, ItemCollator(processor), arguments.batch_size, "items").embeddings.numpy()
+    embedded = embed(model, items, ItemCollator(processor), arguments.batch_size, "items")
+    readable = np.all(embedded.readable(items, np.arange(len(items)))[pairs], axis=1)
+    if not readable.any():
+        raise TableError(f"{arguments.items}: of no pair could a picture of both items be read.")
+    matched, pairs = matched.at(readable), pairs[readable]
     exclusions = Exclusions(
         KnownPositives(pairs, len(items)), image_hashes(items, arguments.num_workers), text_hashes(items)
     )
-    mined = mine_negatives(embedded, pairs, exclusions, arguments.negatives, arguments.ceiling, arguments.neighbours)
+    mined = mine_negatives(
+        embedded.embeddings.numpy(), pairs, exclusions, arguments.negatives, arguments.ceiling, arguments.neighbours
+    )
     count = write_pairs(matched, items, mined, arguments.negatives, Path(arguments.output))
     print(f"{len(pairs):,} pairs, {count / len(pairs):.2f} of {arguments.negatives} negatives each: {arguments.output}")
-    print(f"Pairs left out: {len(matched.rejects):,} (training lists them in its rejects file)")
+    left_out = len(matched.rejects) + int((~readable).sum())
+    print(f"Pairs left out: {left_out:,} (training lists them in its rejects file)")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 In memory are two positions of 4 bytes for each pair.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +50,10 @@ class MatchedPairs:
     rows: np.ndarray
     pairs: np.ndarray
     rejects: Rejects
+
+    def at(self, chosen: np.ndarray) -> "MatchedPairs":
+        """Some of the pairs, by (m,) bool."""
+        return replace(self, rows=self.rows[chosen], pairs=self.pairs[chosen])
 
 
 def pair_positions(source: str, items: ItemTable, encoding: str | None = None) -> np.ndarray:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from tests.conftest import make_model
 from training.batches.collators import ItemCollator
 from training.evaluate import EvaluateArguments, run
-from training.evaluation.embed import NoteLLM2Embedder, embed
+from training.evaluation.embed import NoteLLM2Embedder, embed, evaluate_in_training, views
 from training.evaluation.evidence import evaluate_model
 from training.evaluation.measuring import MeasureOptions
 from training.evaluation.metrics import multi_positive_metrics
@@ -144,6 +144,26 @@ def test_a_model_does_not_differ_from_itself_and_keeps_its_mode(coloured_tables,
         for metrics in protocols.values():
             assert all((one["difference"], one["p_value"]) == (0, 1) for one in metrics.values())
     assert not any("popularity" in row["group"] or "category" in row["group"] for row in report["slices"])
+
+
+def test_an_item_whose_only_picture_cannot_be_read_counts_nowhere_unless_by_text(coloured_tables, tiny_model_folder):
+    """As in training and encoding, also where tables are too large for their pictures to be opened first."""
+    items, _ = load_items(str(coloured_tables / "items.parquet"), check_images=False)
+    broken = list(items.item_ids).index("broken")
+    without_image = list(items.item_ids).index("i7")
+    items = items.select([without_image, 1, 2, 3, broken])
+    processor = AutoProcessor.from_pretrained(tiny_model_folder, trust_remote_code=True)
+    model = AutoModel.from_pretrained(tiny_model_folder, trust_remote_code=True)
+    pairs = np.array([(1, 2), (1, 4), (0, 4), (2, 3)])
+
+    embedded = {view.name: view for view in views(NoteLLM2Embedder(model, ItemCollator(processor)), items, pairs)}
+
+    positions = {name: view.positions for name, view in embedded.items()}
+    shown = [1, 2, 3]
+    assert positions == {"both": [0, 1, 2, 3], "image": shown, "visual": shown, "text": [0, 1, 2, 3, 4]}
+    assert all(len(view.embeddings) == len(view.positions) for view in embedded.values())
+    in_training = evaluate_in_training(model, ItemCollator(processor), items, pairs)
+    assert in_training["recall@1"] == rank_targets(embedded["both"].embeddings, [0, 1, 2, 3], pairs.tolist()).recall(1)
 
 
 def test_mistakes_are_named(coloured_tables, tiny_model_folder, tmp_path):

@@ -58,8 +58,9 @@ def test_the_command_writes_pairs_that_training_reads(tmp_path, tiny_model_folde
         {"item_id": f"i{n}", "title": f"title {n}", "image": {"bytes": png(colour, 8 + n // 8), "path": None}}
         for n, colour in enumerate(colours * 4)
     ]
+    rows.append({"item_id": "cut", "title": "title 3", "image": {"bytes": png("red", 9)[:40], "path": None}})
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "items.parquet")
-    lines = [f"i{n},i{n + 1},{n}" for n in range(20)]
+    lines = [*(f"i{n},i{n + 1},{n}" for n in range(20)), "i1,cut,1", "cut,i2,1"]
     (tmp_path / "pairs.csv").write_text("query_id,target_id,score\n" + "\n".join([*lines, "i0,lost,1"]) + "\n")
     command = [sys.executable, "training/hard_negatives.py", "--model", tiny_model_folder, "--negatives", "2"]
     command += ["--items", tmp_path / "items.parquet", "--pairs", tmp_path / "pairs.csv"]
@@ -74,6 +75,7 @@ def test_the_command_writes_pairs_that_training_reads(tmp_path, tiny_model_folde
 
     assert done.returncode == 0, done.stderr
     assert "20 pairs" in done.stdout
+    assert "left out: 3" in done.stdout, "one with an unknown item, two with an item whose only picture can't be read"
     table = pq.read_table(tmp_path / "hard.parquet")
     assert table.column_names == ["query_id", "target_id", "score", "negative_1", "negative_2"]
     assert table["score"].to_pylist() == [str(n) for n in range(20)]

@@ -10,8 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hub.benchmark.folder import CATEGORIES, SPLIT, write_task
 from modeling_notellm2 import choose_precision
 from training.tables.commands.bounds import AtLeastOne, Processes, check_bounds
@@ -20,9 +18,9 @@ from training.tables.commands.handler import FileError
 from training.tables.commands.hashes import weights_of
 from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
 from training.tables.commands.outputs import GENERATOR, MARK
-from training.tables.items import ItemTable, load_items
-from training.tables.pairs import load_pairs
-from training.tables.rejects import Reject, Rejects, TableError, write_rejects
+from training.tables.items import ItemTable
+from training.tables.pairs import load_evaluation
+from training.tables.rejects import Reject, write_rejects
 
 
 TASK = "task"
@@ -82,9 +80,16 @@ def measure(arguments: TaskArguments) -> dict[str, Any]:
     from hub.benchmark.task import MAIN_SCORE, catalogue_task
 
     output = Path(arguments.output)
-    items, pairs, rejects = _tables(arguments)
+    items, table, rejects = load_evaluation(
+        arguments.items,
+        arguments.pairs,
+        arguments.split,
+        arguments.eval_split,
+        arguments.encoding,
+        arguments.num_workers,
+    )
     remove_files(output, (SCORES, SHOWN_SCORES))
-    written = write_task(items, pairs, output / TASK, arguments.category)
+    written = write_task(items, table.pairs, output / TASK, arguments.category)
     lacking = [_lacking(items, position, arguments) for position in written.lacking]
     write_rejects(chain(rejects, lacking), output / REJECTS)
     task = catalogue_task(output / TASK, arguments.category, arguments.name)
@@ -109,19 +114,6 @@ def measure(arguments: TaskArguments) -> dict[str, Any]:
     write_json(report, output / SCORES)
     write_text(_markdown(report), output / SHOWN_SCORES)
     return report
-
-
-def _tables(arguments: TaskArguments) -> tuple[ItemTable, np.ndarray, Rejects]:
-    items, rejects = load_items(
-        arguments.items, arguments.split, num_workers=arguments.num_workers, encoding=arguments.encoding
-    )
-    if arguments.eval_split is not None:
-        items = items.select(items.where("split", arguments.eval_split))
-        if not len(items):
-            raise TableError(f"{arguments.items}: no item whose column 'split' says '{arguments.eval_split}'.")
-    table, rejected = load_pairs(arguments.pairs, items, encoding=arguments.encoding)
-    rejects += rejected
-    return items, table.pairs, rejects
 
 
 def _lacking(items: ItemTable, position: int, arguments: TaskArguments) -> Reject:

@@ -16,9 +16,8 @@ from training.tables.commands.bounds import AtLeastOne, Processes, check_bounds
 from training.tables.commands.hashes import weights_of
 from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
 from training.tables.commands.outputs import Output, claimed
-from training.tables.items import load_items
-from training.tables.pairs import load_pairs, pair_positions, trained_share
-from training.tables.rejects import TableError, write_rejects
+from training.tables.pairs import load_evaluation, pair_positions, trained_share
+from training.tables.rejects import write_rejects
 
 
 WRITTEN = ("rejects.jsonl", *EVALUATION)
@@ -87,15 +86,14 @@ def run(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]
 def evaluate(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str, Any]:
     """What `run` does, with the outputs' places held."""
     output = Path(arguments.output)
-    items, rejects = load_items(
-        arguments.items, arguments.split, num_workers=arguments.num_workers, encoding=arguments.encoding
+    items, table, rejects = load_evaluation(
+        arguments.items,
+        arguments.pairs,
+        arguments.split,
+        arguments.eval_split,
+        arguments.encoding,
+        arguments.num_workers,
     )
-    if arguments.eval_split is not None:
-        items = items.select(items.where("split", arguments.eval_split))
-        if not len(items):
-            raise TableError(f"{arguments.items}: no item whose column 'split' says '{arguments.eval_split}'.")
-    table, rejected = load_pairs(arguments.pairs, items, encoding=arguments.encoding)
-    rejects += rejected
     share = popularity = None
     if arguments.train_pairs:
         share = trained_share(table.pairs, pair_positions(arguments.train_pairs, items, arguments.encoding))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
-from training.tables.items import ItemTable
+from training.tables.items import ItemTable, load_items
 from training.tables.reading import Table, open_table
 from training.tables.rejects import RejectedRows, Rejects, TableError
 
@@ -162,3 +162,30 @@ def _unordered(pairs: np.ndarray) -> np.ndarray:
     """(n,) int64: one number for a pair and its reverse."""
     low, high = np.sort(pairs.astype(np.int64), axis=1).T
     return low << 32 | high
+
+
+def load_evaluation(
+    items: str,
+    pairs: str,
+    split: str | None = None,
+    eval_split: str | None = None,
+    encoding: str | None = None,
+    num_workers: int = 0,
+) -> tuple[ItemTable, PairTable, Rejects]:
+    """Read what a model is measured on: items, pairs of them, and the rows of both that are left out.
+
+    Args:
+        items, pairs, split, encoding, num_workers: as of `load_items` and `load_pairs`.
+        eval_split: only items whose column `split` says this count; None: all.
+
+    Raises:
+        TableError: when no item or no pair is usable, or no item is of that split.
+    """
+    table, rejects = load_items(items, split, num_workers=num_workers, encoding=encoding)
+    if eval_split is not None:
+        table = table.select(table.where("split", eval_split))
+        if not len(table):
+            raise TableError(f"{items}: no item whose column 'split' says '{eval_split}'.")
+    pair_table, rejected = load_pairs(pairs, table, encoding=encoding)
+    rejects += rejected
+    return table, pair_table, rejects

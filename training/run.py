@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 from transformers import AutoProcessor, set_seed
 
@@ -131,6 +132,7 @@ def main(options: Sequence[str] | None = None) -> int | None:
             check_tables(tables, arguments)
         return DONE
     report = run(model, tables, arguments)
+    PartialState().destroy_process_group()  # threads that still exchange may abort a process at its exit
     # A launcher of several processes takes any code but 0 for a failure.
     with_rejects = report["counts"]["rejected_rows"] and arguments.world_size == 1
     return DONE_WITH_REJECTS if with_rejects else DONE

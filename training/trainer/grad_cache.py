@@ -80,12 +80,13 @@ class GradCache:
         torch.clear_autocast_cache()
 
         output, scale_gradient = _loss_gradients(chunks, loss, divisor)
+        # Every chunk has a gradient for every parameter, the scale too: ZeRO-3 keeps one that the first of a step leaves out.
+        scale_gradient = scale_gradient / len(chunks)
         *first, last = chunks
         for chunk in first:
             with self.no_sync():
-                self._backpropagate(self._surrogate(model, base, chunk)[0])
-        surrogate, logit_scale = self._surrogate(model, base, last)
-        self._backpropagate(surrogate + (logit_scale * scale_gradient).sum())
+                self._backpropagate(self._surrogate(model, base, chunk, scale_gradient))
+        self._backpropagate(self._surrogate(model, base, last, scale_gradient))
         return output
 
     def _embed(self, model: nn.Module, base: NoteLLM2Model, inputs: dict[str, Tensor]) -> "_Chunk":
@@ -101,12 +102,12 @@ class GradCache:
         chunk.embeddings = {name: output[name].detach() for name in EMBEDDINGS if name in output}
         return chunk
 
-    def _surrogate(self, model: nn.Module, base: NoteLLM2Model, chunk: "_Chunk") -> tuple[Tensor, Tensor]:
-        """Second pass: a scalar whose gradients by the parameters are the chunk's part of the loss's; the logit scale."""
+    def _surrogate(self, model: nn.Module, base: NoteLLM2Model, chunk: "_Chunk", scale_gradient: Tensor) -> Tensor:
+        """Second pass: a scalar whose gradients by the parameters are the chunk's part of the loss's."""
         with chunk.randomness.replayed(), self.autocast():
             output = model(**chunk.inputs_on(base.device))
         parts = [(output[name].float() * gradient.float()).sum() for name, gradient in chunk.gradients.items()]
-        return torch.stack(parts).sum(), output.logit_scale
+        return torch.stack(parts).sum() + (output.logit_scale * scale_gradient).sum()
 
     def _backpropagate(self, surrogate: Tensor) -> None:
         # Where only parts of the image's way are trained, a chunk of texts has nothing to train.

@@ -93,11 +93,6 @@ class NoteLLM2Trainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process. Start one process for each: "
                 f"torchrun --nproc_per_node {self.args.n_gpu} training/run.py ..."
             )
-        if self.args.chunk_size and is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "chunk_size works on one process, with DDP, FSDP2 and DeepSpeed's ZeRO-2, not with ZeRO-3, whose gradients "
-                "of chunks differ: take training/configs/eight_gpus_fsdp2.yaml, or leave chunk_size at 0."
-            )
         if self.is_fsdp_enabled and isinstance(self.model, PeftModel) and self.in_shards:
             raise ValueError(
                 "LoRA with FSDP needs state_dict_type: FULL_STATE_DICT in fsdp_config: an adapter's checkpoint in shards "

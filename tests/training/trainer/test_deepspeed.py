@@ -56,7 +56,7 @@ def still(options, tmp_path):
 
 @pytest.mark.nightly  # at its exit a process of ZeRO-3 aborted once in six runs, in DeepSpeed's or gloo's threads
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("stage", "chunk_size"), [(2, 0), (2, 4), (3, 0)])
+@pytest.mark.parametrize(("stage", "chunk_size"), [(2, 0), (2, 4), (3, 0), (3, 4)])
 def test_zero_trains_as_one_process_on_the_joined_batch(stage, chunk_size, deepspeed, still, tmp_path):
     """Whole batches, and such in chunks (GradCache)."""
     one = run(*parse(still(output_dir=tmp_path / "one", per_device_train_batch_size=6)))

@@ -45,8 +45,9 @@ findings: $(FOR_TEST)
 	$(BIN)/python -m training.experiments.findings training/experiments/findings.yaml
 	$(BIN)/python -m training.experiments.findings_table $(FINDINGS)/results.jsonl
 
+# Two processes with a thread each: most tests have no use for more, and whole files keep together what they share.
 test: $(FOR_TEST)
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 nightly: $(FOR_TEST)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m nightly

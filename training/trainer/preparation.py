@@ -4,7 +4,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from training.batches.collators import ItemCollator, PairCollator, PairDataset, cache_vision_features
+import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from training.batches.collators import BLANK, ItemCollator, PairCollator, PairDataset, cache_vision_features
 from training.batches.data import RunData
 from training.batches.false_negatives import FalseNegatives
 from training.batches.sampling import item_lengths
@@ -45,6 +48,7 @@ def make_trainer(
     arguments: NoteLLM2TrainingArguments,
 ) -> NoteLLM2Trainer:
     """The trainer with its batches, masks and evaluation."""
+    freeze_unread(model, processor)
     output = Path(arguments.output_dir)
     collate = ItemCollator(processor, features, unwrap_adapter(model).dtype, output / "rejects.jsonl")
     masks = (options.mask_known_positives, options.mask_same_image, options.mask_same_text)
@@ -74,3 +78,23 @@ def make_trainer(
         eval_dataset=data.eval_items,
         processing_class=processor,
     )
+
+
+def freeze_unread(model: Any, processor: Any) -> None:
+    """Freeze what no embedding reads of a vision encoder that is trained: a pooling head, a mask token.
+
+    It would never change, and processes would wait for its gradients. ZeRO-3, which has the weights in shards already, copes.
+    """
+    base = unwrap_adapter(model)
+    trained = [weight for part in base.vision_parts for weight in part.parameters() if weight.requires_grad]
+    if not trained or is_deepspeed_zero3_enabled():
+        return
+    was_training = model.training
+    inputs = processor([{"title": "", "image": BLANK}], return_tensors="pt")
+    output = model.eval()(**{name: value.to(base.device) for name, value in inputs.items()})
+    read = [output[name].sum() for name in ("embeddings", "visual_embeddings") if output.get(name) is not None]
+    gradients = torch.autograd.grad(torch.stack(read).sum(), trained, allow_unused=True)
+    model.train(was_training)
+    for weight, gradient in zip(trained, gradients, strict=True):
+        if gradient is None:
+            weight.requires_grad_(False)

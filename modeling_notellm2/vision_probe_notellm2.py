@@ -26,6 +26,10 @@ def vision_width(
     with torch.device("meta"):
         unreal = build_vision_encoder(copy.deepcopy(vision_config)).eval()
     check_inputs(unreal)
+    if (channels := _channels(unreal.config)) != 3:
+        raise ValueError(
+            f"{type(unreal).__name__} reads pictures of {channels} channels, items have such of 3. {EXPECTED}"
+        )
     parameters = inspect.signature(unreal.forward).parameters
     probes: list[Callable[[], PreTrainedModel]] = [lambda: unreal] if takes_pictures(parameters) else []
     probes.append(lambda: build_vision_encoder(copy.deepcopy(vision_config)).eval() if encoder is None else encoder)
@@ -69,7 +73,7 @@ def takes_pictures(parameters: Any) -> bool:
 def probe_inputs(encoder: PreTrainedModel, parameters: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """One empty picture as the encoder takes it; several for patches, which encoders take flat or not."""
     config = encoder.config
-    channels = first_of(config, "num_channels", "in_channels", "in_chans") or 3
+    channels = _channels(config)
     like: dict[str, Any] = {"dtype": encoder.dtype, "device": encoder.device}
     if takes_pictures(parameters):
         yield torch.zeros(1, channels, *_picture_size(config), **like), None
@@ -101,6 +105,12 @@ def check_inputs(encoder: PreTrainedModel) -> None:
     if first is None or unknown or "input_ids" in parameters:
         asked = ", ".join(unknown or needed or list(parameters)[:1])
         raise ValueError(f"{name} can't be read as a vision encoder: it takes {asked}. {EXPECTED}")
+
+
+def _channels(config: PreTrainedConfig) -> int:
+    """Of the pictures that an encoder takes: its config's, timm's own, or 3."""
+    timm = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
+    return first_of(config, "num_channels", "in_channels", "in_chans") or (timm[0] if timm else 3)
 
 
 def _picture_size(config: PreTrainedConfig) -> tuple[int, int]:

@@ -7,13 +7,13 @@ import transformers as hf
 from PIL import Image
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
-from modeling_notellm2.native_notellm2 import load_native_model, native_settings
-from tests.support.families import multimodal_families, tiny_model
-from tests.support.native_models import image_processor_for, saved_checkpoint, tiny_checkpoint, tokenizer_for
+from tests.support.families import multimodal_families
+from tests.support.native_checks import examine, rows_of
+from tests.support.native_models import IN_FULL, image_processor_for, saved_checkpoint, tiny_checkpoint, tokenizer_for
+from tests.support.training_runs import ROOT
 
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "idefics3", "smolvlm", "gemma3", "llava", "internvl"]
-GRIDS = FAMILIES[:4]
+GRIDS = IN_FULL[:4]
 """Families whose pictures have as many tokens as their size asks for."""
 
 
@@ -40,7 +40,7 @@ def joined(family, **overrides):
     return model, processor
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=IN_FULL)
 def pair(request):
     return joined(request.param)
 
@@ -122,7 +122,7 @@ def test_a_picture_of_nobody_changes_nothing(pair):
     assert torch.equal(embed(model, texts | blank).embeddings, embed(model, texts).embeddings)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_FULL)
 def test_the_familys_own_prompt_gives_its_own_states(family, tmp_path):
     """Hidden states of our model and of transformers' own on the same ids and pixels."""
     checkpoint = saved_checkpoint(family, tmp_path)
@@ -237,19 +237,12 @@ def test_weights_that_are_not_in_the_checkpoint_end_the_join(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [name for name in multimodal_families() if name not in FAMILIES])
-def test_every_other_family_is_right_or_refused_with_what_to_use_instead(family):
+def test_every_family_is_right_or_refused_as_the_table_says():
     """The trial of joining compares with the family's own states of a picture's pixels."""
-    try:
-        checkpoint = tiny_model(family)
-    except Exception as error:
-        pytest.skip(f"transformers makes no tiny model: {error}")
-    refusal = ""
-    try:
-        settings = native_settings(load_native_model(checkpoint), check=True)
-    except ValueError as error:
-        settings, refusal = {}, str(error)
-    assert 'Use connector="qformer"' in refusal or settings["image_token_id"] == checkpoint.config.image_token_id
+    findings = {family: examine(family) for family in multimodal_families()}
+    assert {family: finding.note for family, finding in findings.items() if finding.status == "wrong"} == {}
+    written = rows_of((ROOT / "hub" / "backbones" / "FAMILIES.md").read_text(encoding="utf-8"))
+    assert written == {family: finding.status for family, finding in findings.items()}
 
 
 def test_two_checkpoints_have_no_merger_between_them():

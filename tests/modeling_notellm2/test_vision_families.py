@@ -82,6 +82,14 @@ def test_what_an_encoder_takes_instead_is_said(model_type, sentence, tmp_path):
     assert sentence in finding.note
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_an_encoder_of_other_channels_than_pictures_have_is_refused(channels):
+    config = tiny_config("clip_vision_model")
+    config.num_channels = channels
+    with pytest.raises(ValueError, match=f"CLIPVisionModel reads pictures of {channels} channels"):
+        join(tiny_encoder(config))
+
+
 @pytest.mark.parametrize("composite", ["blip", "owlvit", "qwen2_vl"])
 @torch.no_grad()
 def test_the_tower_of_a_whole_composite_is_taken_out_and_saved(composite, tmp_path):

@@ -12,6 +12,9 @@ from tests.support.families import shrunk_fields, strengthen
 from tests.support.models import make_tokenizer
 
 
+IN_FULL = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "idefics3", "smolvlm", "gemma3", "llava", "internvl"]
+"""Families that are tried with a processor, prompts and pictures of their own; of the others joining's trial decides."""
+
 TOWER = {"image_size": 32, "patch_size": 8}
 SQUARE = {"height": 32, "width": 32}
 # Fields that make a family tiny and consistent, and options of its image processor.

@@ -54,7 +54,7 @@ def still(options, tmp_path):
     return lambda **more: options(**{**changes, **more})
 
 
-@pytest.mark.nightly  # at its exit a process of ZeRO-3 aborted once in six runs, in DeepSpeed's or gloo's threads
+@pytest.mark.nightly  # needs a C++ compiler, and minutes
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("stage", "chunk_size"), [(2, 0), (2, 4), (3, 0), (3, 4)])
 def test_zero_trains_as_one_process_on_the_joined_batch(stage, chunk_size, deepspeed, still, tmp_path):

@@ -23,7 +23,7 @@ from rich.table import Table
 from hub.publishing.checks import RefusedError
 from hub.publishing.dataset import DataDetails, prepare_dataset
 from hub.publishing.model import ModelDetails, prepare_model
-from hub.publishing.sending import Destination, Publication, listing, push
+from hub.publishing.sending import Destination, Publication, listing, push, samples
 from hub.publishing.space import SpaceDetails, prepare_space
 from training.tables.commands.files import scratch_folder
 from training.tables.commands.handler import DONE, FAILED, command, parse, plain_console
@@ -128,6 +128,8 @@ def publish(arguments: PublishArguments, console: Console) -> None:
     with scratch_folder(Path(tempfile.gettempdir()), "publish") as staging:
         publication = prepare(arguments, staging)
         console.print(listing(publication, destination))
+        for table in samples(publication):
+            console.print(table)
         if arguments.dry_run:
             console.print("Dry run: nothing was sent.")
             return

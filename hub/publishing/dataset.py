@@ -24,7 +24,8 @@ from huggingface_hub import DatasetCardData
 from jinja2 import Environment, StrictUndefined
 from tqdm.auto import tqdm
 
-from hub.publishing.checks import Fault, RefusedError, file_faults, own_folders, secrets_in
+from hub.publishing.checks import Fault, RefusedError, file_faults
+from hub.publishing.secrets import own_folders, secrets_in
 from hub.publishing.sending import Publication
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.prompts_notellm2 import ItemError
@@ -327,8 +328,11 @@ def _secrets_of(config: str, rows: Sequence[Row]) -> Iterator[Fault]:
         name = row.get("item_id") or row.get("query_id")
         for column, value in row.items():
             texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-            for what in secrets_in("\n".join(texts).encode(errors="replace"), here):
-                yield Fault(f"{config}, {name!r}, column {column}", what, "Take it out of the table.")
+            text, place = "\n".join(texts), f"{config}, {name!r}, column {column}"
+            for what, _ in secrets_in(text):
+                yield Fault(place, f"what looks like {what}", "Take it out of the table.")
+            if match := here.search(text):
+                yield Fault(place, f"a path of this machine, {match[0]}", "Take it out of the table.")
 
 
 def dataset_card(written: Mapping[str, WrittenTable], details: DataDetails) -> str:

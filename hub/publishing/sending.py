@@ -4,10 +4,13 @@ The large files go first (git LFS, or Xet where hf_xet is installed), by their h
 The commit that names them all comes last, so that a break leaves the repository as it was.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from rich.table import Table
 
@@ -110,3 +113,26 @@ def listing(publication: Publication, destination: Destination) -> Table:
     table.add_section()
     table.add_row(f"{len(sizes)} files", f"{sum(sizes.values()):,}")
     return table
+
+
+def samples(publication: Publication, rows: int = 3) -> Iterator[Table]:
+    """The first rows of each table that goes, so that somebody sees what others will; pictures as their name and size."""
+    for path, file in sorted(publication.files.items()):
+        if not path.endswith("-00000.parquet"):
+            continue
+        first = next(pq.ParquetFile(file).iter_batches(rows)).to_pylist()
+        table = Table(title=f"{path}: the first {len(first)} rows", show_lines=True)
+        for column in first[0]:
+            table.add_column(column, overflow="fold")
+        for row in first:
+            table.add_row(*(_shown(value) for value in row.values()))
+        yield table
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, dict) and "bytes" in value:
+        return f"{value['path'] or 'picture'} ({len(value['bytes'] or b''):,} bytes)"
+    text = "" if value is None else str(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

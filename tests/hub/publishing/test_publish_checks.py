@@ -1,14 +1,21 @@
 """What is refused, with every reason; and metrics and adapters made fit for others."""
 
+import gzip
 import json
+import lzma
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 
 from hub.publish import main
 from hub.publishing.checks import RefusedError, file_faults, folder_files
@@ -24,6 +31,9 @@ SECRETS = {
     "service.json": '{"api_key": "0123456789' + 'abcdef0123"}',
     "cloud.env": "AWS_SECRET_ACCESS_KEY=abcdefgh" + "ijk0123456789\nx=1",
     "address.jinja": "https://me:" + "pass1234@example.org/x",
+    "netrc": "machine example.org login me password x1",
+    "jwt.md": "eyJhbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjMifQ.c2lnbmF0dXJl",
+    "stripe.txt": "sk_" + "live_" + "a1B2" * 6,
 }
 PATHS = {
     "config.json": '{"_name_or_path": "/home/someone/models/base"}',
@@ -59,6 +69,60 @@ def test_secrets_and_paths_are_found_in_any_text(tmp_path, files, reason):
     found = faults_of(write(tmp_path / "model", files))
     assert set(found) == set(files)
     assert all(what.startswith("line 1: " + reason) for what in found.values()), found
+
+
+def test_secrets_are_found_in_metadata_other_encodings_and_archives(tmp_path):
+    token = "hf_" + "aB3" * 12
+    text = f"a line\ntoken {token}\n"
+    folder = write(
+        tmp_path / "model",
+        {
+            "utf16.txt": text.encode("utf-16"),
+            "without_mark.txt": text.encode("utf-16-be"),
+            "notes.txt.gz": gzip.compress(text.encode()),
+            "notes.txt.xz": lzma.compress(text.encode()),
+            "records.db": b"\0\1\2" + text.encode() + b"\0\xff",
+        },
+    )
+    save_file({"a": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt", "note": token})
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("Comment", token, zip=True)
+    Image.new("RGB", (8, 8)).save(folder / "zipped.png", pnginfo=comment)
+    exif = Image.Exif()
+    exif[0x010E] = f"a picture {token}"
+    Image.new("RGB", (8, 8)).save(folder / "described.jpg", exif=exif)
+    with zipfile.ZipFile(folder / "archive.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("inner/notes.txt.gz", gzip.compress(text.encode()))
+    with tarfile.open(folder / "archive.tar.gz", "w:gz") as archive:
+        archive.add(folder / "notes.txt.gz", "notes.txt.gz")
+
+    found = faults_of(folder)
+
+    assert set(found) == {path.name for path in folder.iterdir()}
+    assert all("what looks like a Hugging Face token" in what for what in found.values()), found
+    assert found["utf16.txt"].startswith("line 2: ")
+    assert found["model.safetensors"].startswith("metadata note, line 1")
+    assert found["archive.zip"].startswith("inner/notes.txt.gz, compressed, line 2")
+
+
+def test_logs_and_pickles_of_other_names_are_found(tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    folder = write(tmp_path / "model", {"events.out.tfevents.1700000000.my-host.12.0": b"\x18\0\0\0"})
+    for protocol in (0, 1):
+        (folder / f"notes{protocol}.txt").write_bytes(pickle.dumps(Runs(), protocol=protocol))
+    np.save(folder / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(folder / "numbers.npy", np.arange(3))
+    with zipfile.ZipFile(folder / "archive.zip", "w") as archive:
+        archive.writestr("readme.txt", pickle.dumps([Runs()], protocol=0))
+    found = faults_of(folder)
+    assert set(found) == {path.name for path in folder.iterdir()} - {"numbers.npy"}
+    assert "state of a training" in found["events.out.tfevents.1700000000.my-host.12.0"]
+    assert found["notes0.txt"] == found["notes1.txt"] == "a pickle by its content"
+    assert found["objects.npy"] == "an array of Python objects, which is a pickle"
+    assert found["archive.zip"] == "readme.txt: a pickle by its content"
 
 
 def test_ordinary_files_pass(tmp_path, tiny_model_folder):
@@ -127,7 +191,7 @@ def test_the_command_names_every_fault_and_a_folder_that_does_not_load(tiny_mode
 
 @pytest.mark.slow
 def test_missing_weights_are_no_model(tiny_model_folder, tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_folder, folder)

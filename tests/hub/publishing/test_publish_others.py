@@ -184,7 +184,9 @@ def test_text_tables_become_a_data_set_with_their_pictures(at_hub, tmp_path):
     (tmp_path / "pairs.csv").write_text("query_id,target_id,score\na,c,0.5\nc,a,1\nc,b,1\nc,a,much\n")
     shown = Console(record=True, width=120)
     publish(PublishArguments("org/text", dataset=True, items="items.jsonl", pairs="pairs.csv", dry_run=True), shown)
-    assert at_hub.log == [] and "data/items-00000.parquet" in shown.export_text()
+    text = shown.export_text()
+    assert at_hub.log == [] and "data/items-00000.parquet" in text
+    assert "the first 2 rows" in text and "red.png (" in text, "a sample of what goes is shown"
     publish(PublishArguments("org/text", dataset=True, items="items.jsonl", pairs="pairs.csv"), QUIET)
     files = at_hub.repo("org/text", "dataset").find("main").files
     items, pairs = (

@@ -1,4 +1,7 @@
-"""What the commands print, from backbones to an index: lines of ours and progress bars, no warning of a library."""
+"""What the commands print, from backbones to an index: lines of ours and progress bars, no warning of a library.
+
+And what they ask of the network, given folders and files of this machine: nothing.
+"""
 
 import json
 import os
@@ -17,17 +20,40 @@ ROOT = Path(__file__).resolve().parents[1]
 BAR = re.compile(r"\d+%\||\d+[a-z]* \[\d\d:\d\d")
 OURS = re.compile(
     r"NoteLLM-2, prompt|  [a-z_, ]+ +[\d,]+|Precision: |\{'|[┏┃┡│├└]| +\d+ queries among| {5,}\S"
-    r"|(Rows left out|Model|Metrics|Logs|Report): |.*: \d+ items, |.*/(evaluation\.(json|md)|plots|base: model, .*)$"
+    r"|Nearest to |\d+ pairs, |(Rows left out|Model|Metrics|Logs|Report|Pairs left out|Pairs|Rejects): |/\S+$"
+    r"|.*: \d+ items, |.*, open it in a browser\. |.*/(evaluation\.(json|md)|plots|base: model, .*)$"
 )
 
 
-def strange_lines(*command: object) -> list[str]:
+WITNESS = """
+import os, sys
+
+def hook(event, arguments):
+    if event == "socket.connect":
+        address = arguments[1]
+        asked = not isinstance(address, tuple) or not str(address[0]).startswith(("127.", "::1", "localhost"))
+        asked = asked and isinstance(address, tuple)
+    else:
+        asked = event == "socket.getaddrinfo" and arguments[0] not in (None, "", "localhost", "127.0.0.1", os.uname().nodename)
+        address = arguments[0] if asked else None
+    if asked:
+        with open(os.environ["NETWORK_WITNESS"], "a") as stream:
+            print(sys.argv, event, address, file=stream)
+
+sys.addaudithook(hook)
+"""
+"""Runs before everything else in a process of Python and in those that it starts: writes down what is asked of the network."""
+
+
+def strange_lines(witness: Path, *command: object) -> list[str]:
     """Lines that a command prints and that are neither ours nor a bar."""
-    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    quieter = ("TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    environment = {name: value for name, value in os.environ.items() if name not in quieter}
+    environment |= {"PYTHONPATH": str(witness.parent), "NETWORK_WITNESS": str(witness)}
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
-        env={**environment, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+        env={**environment, "COLUMNS": "200"},
         capture_output=True,
         text=True,
     )
@@ -37,8 +63,13 @@ def strange_lines(*command: object) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # five processes, each of which imports everything
-def test_no_line_of_a_library(tmp_path):
+@pytest.mark.timeout(900)  # ten processes, each of which imports everything
+def test_no_line_of_a_library_and_nothing_asked_of_the_network(tmp_path):
+    witness = tmp_path / "witness" / "asked.txt"
+    witness.parent.mkdir()
+    (witness.parent / "sitecustomize.py").write_text(WITNESS)
+    log = "user_id,item_id,timestamp\n" + "".join(f"u{n // 4},i{n % 12},{n}\n" for n in range(80))
+    (tmp_path / "log.csv").write_text(log)
     rows = [
         {"item_id": f"i{n}", "title": f"thing {n}", "image": picture("red", n), "split": "train" if n < 16 else "test"}
         for n in range(24)
@@ -74,5 +105,18 @@ def test_no_line_of_a_library(tmp_path):
         ],
         ["hub/encode.py", "--model", model, "--items", items, "--output", vectors, "--num_workers", 1],
         ["hub/index.py", "--embeddings", vectors, "--output", tmp_path / "index"],
+        ["hub/index.py", "search", "--index", tmp_path / "index", "--id", "i3"],
+        ["hub/gallery.py", "--model", model, "--items", items, "--output", tmp_path / "page.html"],
+        ["training/mine.py", "--interactions", tmp_path / "log.csv", "--output", tmp_path / "mined.parquet"],
+        [
+            *("training/hard_negatives.py", "--model", model, "--items", items, "--pairs", tmp_path / "train.jsonl"),
+            *("--output", tmp_path / "hard.parquet", "--negatives", 2, "--neighbours", 4),
+        ],
     ]:
-        assert strange_lines(*command) == [], command[0]
+        assert strange_lines(witness, *command) == [], command[0]
+    assert not witness.exists(), witness.read_text()
+    subprocess.run(
+        [sys.executable, "-c", "import socket\ntry: socket.getaddrinfo('example.org', 80)\nexcept OSError: pass"],
+        env={**os.environ, "PYTHONPATH": str(witness.parent), "NETWORK_WITNESS": str(witness)},
+    )
+    assert "example.org" in witness.read_text(), "the witness sees who asks"

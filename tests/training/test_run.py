@@ -114,3 +114,27 @@ def test_learning_rates_and_decay_by_part(tiny_model_folder, tmp_path):
     assert placed["language_model.norm.weight"] == (3e-6, 0)
     assert placed["query_tokens"] == (1e-3, 1e-3)
     assert placed["logit_scale"] == (1e-3, 0)
+
+
+def test_single_parts_may_have_learning_rates_of_their_own(tiny_model_folder, tmp_path):
+    model = NoteLLM2Model.from_pretrained(tiny_model_folder)
+    own = {"qformer": 2e-3, "late_fusion": 3e-3, "reduction": 4e-3, "logit_scale": 5e-2}
+    options = {f"{part}_learning_rate": rate for part, rate in own.items()}
+    arguments = NoteLLM2TrainingArguments(
+        output_dir=str(tmp_path), connector_learning_rate=1e-3, use_cpu=True, **options
+    )
+    rates = {id(p): group["lr"] for group in parameter_groups(model, arguments) for p in group["params"]}
+
+    expected = {"query_tokens": 2e-3, "projector": 2e-3, "language_model": 3e-6, **own}
+    trained = [(name.split(".")[0], p) for name, p in model.named_parameters() if not name.startswith("vision_model.")]
+    assert {part for part, _ in trained} == set(expected)
+    for part, parameter in trained:
+        assert rates[id(parameter)] == expected[part], part
+    assert len(rates) == len(trained)
+
+    arguments = NoteLLM2TrainingArguments(
+        output_dir=str(tmp_path), connector_learning_rate=1e-3, logit_scale_learning_rate=0, use_cpu=True
+    )
+    rates = {id(p): group["lr"] for group in parameter_groups(model, arguments) for p in group["params"]}
+    assert rates[id(model.logit_scale)] == 0  # zero holds it still; it isn't "not given"
+    assert rates[id(model.query_tokens)] == 1e-3

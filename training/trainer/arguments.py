@@ -173,6 +173,23 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             "none: as learning_rate."
         },
     )
+    qformer_learning_rate: Annotated[float, Bounds(0, 1000)] | None = field(
+        default=None,
+        metadata={"help": "For Q-Former, query tokens and projector; none: as connector_learning_rate."},
+    )
+    late_fusion_learning_rate: Annotated[float, Bounds(0, 1000)] | None = field(
+        default=None, metadata={"help": "For late fusion's projection and gate; none: as connector_learning_rate."}
+    )
+    reduction_learning_rate: Annotated[float, Bounds(0, 1000)] | None = field(
+        default=None, metadata={"help": "For the reduction to embedding_dim; none: as connector_learning_rate."}
+    )
+    logit_scale_learning_rate: Annotated[float, Bounds(0, 1000)] | None = field(
+        default=None,
+        metadata={
+            "help": "For the logit scale (logarithm of the factor on similarities), which Adam moves by about this much in "
+            "a step; none: as connector_learning_rate."
+        },
+    )
     weight_decay: float = field(default=1e-3, metadata={"help": "Of matrices; vectors and scalars have none."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 the share of all steps."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the train pairs."})
@@ -191,6 +208,13 @@ class NoteLLM2TrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "FSDP: spread the frozen vision encoder too; else each process holds it whole, which needs no exchange."
+        },
+    )
+    false_negative_margin: Annotated[float, Bounds(0, 2)] | None = field(
+        default=None,
+        metadata={
+            "help": "Items more similar to a row than its partner by more than this (cosine) are not its negatives; 0.1 in "
+            "Qwen3-Embedding; none: all are."
         },
     )
     matryoshka_dims: list[AtLeastOne] = field(

@@ -40,6 +40,7 @@ def tiled_contrastive_loss(
     logit_scale: Tensor,
     excluded: Entries | None = None,
     tile: int = TILE,
+    false_negative_margin: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """InfoNCE of each row (NoteLLM-2 paper, equation 2): `-log softmax(exp(logit_scale) * rows @ columns.T)` at its target.
 
@@ -51,10 +52,14 @@ def tiled_contrastive_loss(
         logit_scale: one element, logarithm of the factor on the similarities.
         excluded: further entries to leave out, in any order and any number of times. A row's target always stays.
         tile: rows and columns handled at once; memory beyond inputs and gradients is one tile.
+        false_negative_margin: columns whose similarity is above the target's by more than this are left out too (GISTEmbed,
+            arXiv 2402.16829, with the model as its own guide; Qwen3-Embedding, arXiv 2506.05176, equation 2, with 0.1). What is
+            left out is found anew in every call and has no gradient. `None`: nothing.
 
     Returns:
         losses: `(m,)` float32 (float64), with gradients for `rows`, `columns` and `logit_scale`, once differentiable.
-        hits: `(m,)` bool, whether the target's similarity is above that of every other column that counts.
+        hits: `(m,)` bool, whether the target's similarity is above that of every other column that is not `excluded`;
+            those left out by the margin are misses.
 
     Raises:
         ValueError: for an excluded entry outside the matrix.
@@ -67,7 +72,8 @@ def tiled_contrastive_loss(
     # The target is added at the end, so here it is left out like the rest: what remains are the row's negatives.
     masked = torch.cat([r for r, _ in entries]), torch.cat([c for _, c in entries])
     masks = _TileMasks.of(masked, len(rows), len(columns), tile)
-    return _TiledContrastiveLoss.apply(rows.to(dtype), columns.to(dtype), logit_scale.to(dtype), target, masks)
+    margin = torch.inf if false_negative_margin is None else false_negative_margin
+    return _TiledContrastiveLoss.apply(rows.to(dtype), columns.to(dtype), logit_scale.to(dtype), target, masks, margin)
 
 
 @dataclass(frozen=True)
@@ -107,20 +113,26 @@ class _TiledContrastiveLoss(torch.autograd.Function):
     """With negatives' log-sum-exp `n` and target's logit `t` a row's loss is `softplus(n - t)`, a hit `t > max`."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, columns: Tensor, logit_scale: Tensor, target: Tensor, masks: _TileMasks):
+    def forward(
+        ctx, rows: Tensor, columns: Tensor, logit_scale: Tensor, target: Tensor, masks: _TileMasks, margin: float
+    ):
         with torch.autocast(rows.device.type, enabled=False):
             scaled = rows * logit_scale.exp()
             negatives = rows.new_full((len(rows),), -torch.inf)
             best = negatives.clone()
+            at_target = torch.linalg.vecdot(scaled, columns[target])
+            ceiling = at_target + margin * logit_scale.exp()
             for r, _, logits in masks.logits(scaled, columns):
                 highest = logits.amax(1)
                 torch.maximum(best[r], highest, out=best[r])
+                if margin < torch.inf:
+                    highest = _leave_out_above(ceiling[r], logits).amax(1)
                 shift = highest.clamp(min=torch.finfo(rows.dtype).min)  # finite where all of a row is masked
                 part = logits.sub_(shift.unsqueeze(1)).exp_().sum(1).log_() + shift
                 negatives[r] = torch.logaddexp(negatives[r], part)
-            at_target = torch.linalg.vecdot(scaled, columns[target])
             losses, hits = F.softplus(negatives - at_target), at_target > best
-        ctx.save_for_backward(rows, columns, logit_scale, target, at_target + losses, losses)
+        ctx.save_for_backward(rows, columns, logit_scale, target, at_target + losses, losses, ceiling)
+        ctx.margin = margin
         ctx.masks = masks
         ctx.mark_non_differentiable(hits)
         return losses, hits
@@ -128,12 +140,14 @@ class _TiledContrastiveLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor, _):
-        rows, columns, logit_scale, target, normaliser, losses = ctx.saved_tensors
+        rows, columns, logit_scale, target, normaliser, losses, ceiling = ctx.saved_tensors
         with torch.autocast(rows.device.type, enabled=False):
             scale = logit_scale.exp()
             scaled = rows * scale
             grad_rows, grad_columns = torch.zeros_like(rows), torch.zeros_like(columns)
             for r, c, logits in ctx.masks.logits(scaled, columns):
+                if ctx.margin < torch.inf:
+                    _leave_out_above(ceiling[r], logits)
                 pull = logits.sub_(normaliser[r].unsqueeze(1)).exp_().mul_(gradient[r].unsqueeze(1))
                 grad_rows[r].addmm_(pull, columns[c])
                 grad_columns[c].addmm_(pull.T, scaled[r])
@@ -143,7 +157,12 @@ class _TiledContrastiveLoss(torch.autograd.Function):
             grad_columns.index_add_(0, target, pull * scaled)
             # A logit's derivative by the logarithm of its factor is the logit; summed, that is rows times gradients.
             grad_scale = (rows * grad_rows).sum().view_as(logit_scale)
-        return grad_rows, grad_columns, grad_scale, None, None
+        return grad_rows, grad_columns, grad_scale, None, None, None
+
+
+def _leave_out_above(ceiling: Tensor, logits: Tensor) -> Tensor:
+    """Write -inf where a row of `logits` is above its `ceiling`, in place."""
+    return logits.masked_fill_(logits > ceiling.unsqueeze(1), -torch.inf)
 
 
 @dataclass
@@ -178,7 +197,7 @@ class PairLoss:
             over them and the full width (Matryoshka representation learning, arXiv 2205.13147).
         false_negatives: from the joined batch's item indices `(M,)` to the entries of its `(M, M)` matrix that must not count
             as negatives, e.g. known positives or copies of an item. `None`: all items but the row's own are negatives.
-        tile: see `tiled_contrastive_loss`.
+        tile, false_negative_margin: see `tiled_contrastive_loss`; each prefix and the visual loss by its own similarities.
     """
 
     multimodal_weight: float = 9.0
@@ -186,6 +205,7 @@ class PairLoss:
     matryoshka_dims: Sequence[int] = ()
     false_negatives: Callable[[Tensor], Entries] | None = None
     tile: int = TILE
+    false_negative_margin: float | None = None
 
     def __call__(
         self,
@@ -277,6 +297,7 @@ class PairLoss:
                 logit_scale,
                 entries.excluded,
                 self.tile,
+                self.false_negative_margin,
             )
             sums.append(losses.sum())
             hits.append(hit)

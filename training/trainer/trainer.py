@@ -35,6 +35,18 @@ from training.trainer.losses import Entries, PairLoss, PairLossOutput
 from training.trainer.monitor import TrainingMonitor
 
 
+BACKBONES = {"language_model", "vision_model"}
+RATES_OF_PARTS = {
+    "qformer": "qformer_learning_rate",
+    "query_tokens": "qformer_learning_rate",
+    "projector": "qformer_learning_rate",
+    "late_fusion": "late_fusion_learning_rate",
+    "reduction": "reduction_learning_rate",
+    "logit_scale": "logit_scale_learning_rate",
+}
+"""Parts of the model that may have a learning rate of their own, and the option that sets it."""
+
+
 class NoteLLM2Trainer(Trainer):
     """Trains a NoteLLM-2 model, or one with LoRA around it, on a `PairDataset`.
 
@@ -84,6 +96,7 @@ class NoteLLM2Trainer(Trainer):
             multimodal_weight=base.config.multimodal_loss_weight,
             visual_weight=base.config.visual_loss_weight,
             matryoshka_dims=self.args.matryoshka_dims,
+            false_negative_margin=self.args.false_negative_margin,
             false_negatives=self.monitor.counting(false_negatives) if false_negatives is not None else None,
         )
 
@@ -316,23 +329,35 @@ class NoteLLM2Trainer(Trainer):
 
 
 def parameter_groups(model: nn.Module, arguments: NoteLLM2TrainingArguments) -> list[dict[str, Any]]:
-    """Trainable parameters by part (pretrained backbones, new parts) and by decay (matrices, vectors and scalars).
+    """Trainable parameters by part (pretrained backbones, new parts), learning rate, and decay (matrices, the rest).
 
     Frozen parameters, the vision encoder's among them, are in no group.
     """
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        pretrained = not {"language_model", "vision_model"}.isdisjoint(name.split("."))
+        pretrained = not BACKBONES.isdisjoint(name.split("."))
+        rate = learning_rate_of(name, arguments)
         decays = parameter.dim() >= 2
         group = groups.setdefault(
-            (pretrained, decays),
+            (pretrained, rate, decays),
             {
                 "params": [],
-                "lr": arguments.learning_rate if pretrained else arguments.connector_learning_rate,
+                "lr": rate,
                 "weight_decay": arguments.weight_decay if decays else 0.0,
             },
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def learning_rate_of(name: str, arguments: NoteLLM2TrainingArguments) -> float:
+    """The learning rate of a parameter: its part's own where that is set, else that of backbones or of new parts."""
+    modules = name.split(".")
+    if not BACKBONES.isdisjoint(modules):
+        return arguments.learning_rate
+    own = [getattr(arguments, option) for part, option in RATES_OF_PARTS.items() if part in modules]
+    rate = next(filter(lambda rate: rate is not None, own), arguments.connector_learning_rate)
+    assert rate is not None  # the arguments set it to learning_rate where it is left out
+    return rate

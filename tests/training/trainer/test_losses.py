@@ -103,6 +103,34 @@ def test_excluded_entries_count_for_nothing(tile):
         tiled_contrastive_loss(rows, columns, target, own, factor, (torch.tensor([0]), torch.tensor([31])))
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+@pytest.mark.parametrize("tile", [4, 64])
+def test_columns_above_the_target_by_more_than_the_margin_count_for_nothing(tile, margin):
+    drawn, factor = vectors(20, 6, 1, torch.float64).detach(), scale(1.5, torch.float64)
+    drawn[10:13] = drawn[:3]  # three pairs whose members are nearest
+    rows = drawn.requires_grad_()
+    target, own = partners(20)
+    excluded = torch.tensor([2, 2, 3]), torch.tensor([4, 5, 9])
+    similarity = (rows @ rows.T).detach()
+    above = similarity > similarity.gather(1, target.unsqueeze(1)) + margin
+    entries = tuple(torch.cat(parts) for parts in zip(excluded, above.nonzero().unbind(1), strict=True))
+
+    losses, hits = tiled_contrastive_loss(rows, rows, target, own, factor, excluded, tile, false_negative_margin=margin)
+    gradients = torch.autograd.grad(losses.sum(), (rows, factor))
+    expected, _ = masked_oracle(rows, rows, target, own, factor, entries)
+    _, expected_hits = masked_oracle(rows, rows, target, own, factor, excluded)
+
+    assert 20 < above.sum() < 300  # own columns among them
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), (rows, factor)))
+    assert torch.equal(hits, expected_hits)  # a recall that counts what the loss leaves out
+    assert 0 < hits.sum() < 20
+    without, _ = tiled_contrastive_loss(rows, rows, target, own, factor, excluded, tile)
+    widest, _ = tiled_contrastive_loss(rows, rows, target, own, factor, excluded, tile, false_negative_margin=2.0)
+    assert torch.equal(widest, without)
+    assert (losses < without).any()
+
+
 def test_nearly_solved_batches_keep_their_gradient():
     """Probabilities of nearly one: what is left of the loss is right relative to itself, not only to one."""
     first, factor = vectors(20, 32), scale(4.0)
@@ -299,6 +327,7 @@ def undropped_model():
 LOSSES = {
     "plain": PairLoss(),
     "everything": PairLoss(false_negatives=known_positives, matryoshka_dims=(8,), tile=5),
+    "margin": PairLoss(false_negatives=known_positives, matryoshka_dims=(8,), tile=5, false_negative_margin=0.02),
 }
 
 
@@ -379,7 +408,7 @@ def test_several_processes_train_as_one_on_the_joined_batch(world, trained_on_sh
         for result in results:
             assert result[name][0] == pytest.approx(values, rel=1e-5)
             assert_equal_gradients(result[name][1], gradients)
-    assert results[0]["plain"][0]["loss"] != results[0]["everything"][0]["loss"]
+    assert len({results[0][name][0]["loss"] for name in LOSSES}) == len(LOSSES)
 
 
 @pytest.mark.slow

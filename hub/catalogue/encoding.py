@@ -1,6 +1,7 @@
 """The job of hub/encode.py: what decides the shards is described first, then every block that is missing is encoded."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from hub.catalogue.shards import ARROW_TYPES, Plan, ShardWriter, close_job, open
 from modeling_notellm2 import Precision, choose_precision
 from training.tables.commands.bounds import AtLeastOne, Bounds, Processes, check_bounds
 from training.tables.commands.hashes import file_sha256
-from training.tables.commands.model_folder import loading
+from training.tables.commands.model_folder import ADAPTER_CONFIG, loading
 from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
 from training.tables.commands.outputs import Output, check_inputs
 from training.tables.items import load_items
@@ -34,7 +35,7 @@ MODEL_FILES = (".safetensors", ".bin", ".json", ".py", ".txt", ".model", ".jinja
 class EncodeArguments:
     """What to encode, and how."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a NoteLLM-2 model with its processor."})
+    model: str = field(metadata={"help": "Folder or Hub id of a NoteLLM-2 model, or of an adapter of one."})
     items: str = field(
         metadata={
             "help": "Item table: Parquet file or folder of them, .jsonl, .csv, image folder with metadata, or Hub "
@@ -107,7 +108,7 @@ def encode(arguments: EncodeArguments) -> dict[str, Any]:
         arguments.visual,
         arguments.compile,
     )
-    config = AutoConfig.from_pretrained(model_folder, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(adapted_model(model_folder) or model_folder, trust_remote_code=True)
     if arguments.visual and not config.micl:
         raise ValueError(
             f"{arguments.model} was trained without mICL and has no visual embeddings; leave out --visual."
@@ -166,11 +167,22 @@ def find_model(model: str, revision: str | None) -> Path:
         return Path(model) if Path(model).is_dir() else Path(snapshot_download(model, revision=revision))
 
 
+def adapted_model(folder: Path) -> Path | None:
+    """Folder of the model that an adapter changes, downloaded if need be; None for a folder that is no adapter."""
+    config = folder / ADAPTER_CONFIG
+    if not config.is_file() or (folder / "config.json").is_file():
+        return None
+    return find_model(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"], None)
+
+
 def describe_model(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a model's folder that decides its embeddings: weights, settings, code."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in MODEL_FILES)
-    with tqdm(files, desc="Hashing the model", unit="file", leave=False) as bar:
-        return {path.name: file_sha256(path) for path in bar}
+    """SHA-256 of each file of a model's folder that decides its embeddings: weights, settings, code; for an adapter, of the
+    model that it changes too."""
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in MODEL_FILES}
+    with tqdm(files.items(), desc="Hashing the model", unit="file", leave=False) as bar:
+        hashes = {name: file_sha256(path) for name, path in bar}
+    base = adapted_model(folder)
+    return hashes if base is None else {**hashes, **{f"base/{name}": sha for name, sha in describe_model(base).items()}}
 
 
 def model_changes(known: Mapping[str, str], files: Mapping[str, str]) -> list[str]:

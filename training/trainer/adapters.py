@@ -8,6 +8,8 @@ worth nothing. Their weights stand in `adapter_model.safetensors` under their ow
 import copy
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -163,11 +165,35 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None
     Args:
         state: the gathered weights where they are spread over processes; the model's own if left out.
     """
-    model.save_pretrained(str(folder), state_dict=state)
+    with _without_wrappers(model):
+        model.save_pretrained(str(folder), state_dict=state)
     named = ((name.replace(CHECKPOINTED, ""), p) for name, p in model.named_parameters())
     full = {name for name, p in named if p.requires_grad and f".{LLM}." not in name}
     state = model.state_dict() if state is None else state
     weights = load_file(folder / ADAPTER_FILE)
+    if not any("lora_" in name for name in weights):
+        raise RuntimeError("peft found no LoRA weights to save: the adapter would be worth nothing.")
     weights |= {name: state[name].detach().cpu().contiguous() for name in full}
     with atomic_write(folder / ADAPTER_FILE) as place:
         save_file(weights, place, metadata={"format": "pt"})
+
+
+@contextmanager
+def _without_wrappers(model: nn.Module) -> Iterator[None]:
+    """Within it the layers whose activations are recomputed stand in their own places.
+
+    peft looks for an adapter's weights by the names of modules, and the wrappers are among these names.
+    """
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if hasattr(child, CHECKPOINTED.rstrip("."))
+    ]
+    for parent, name, child in wrapped:
+        parent.register_module(name, getattr(child, CHECKPOINTED.rstrip(".")))
+    try:
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            parent.register_module(name, child)

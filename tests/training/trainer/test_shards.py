@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoProcessor, TrainerCallback
@@ -21,7 +22,7 @@ from tests.training.trainer.test_losses import in_processes, item, undropped_mod
 from training.batches.collators import ItemCollator, PairCollator, PairDataset
 from training.evaluation.embed import embed
 from training.tables.pairs import PairTable
-from training.trainer.adapters import save_merged, with_lora
+from training.trainer.adapters import CHECKPOINTED, save_merged, with_lora
 from training.trainer.arguments import ModelArguments, NoteLLM2TrainingArguments
 from training.trainer.distributed import once_per_machine, whole
 from training.trainer.trainer import NoteLLM2Trainer
@@ -108,7 +109,8 @@ def make_trainer(folder: Path, world: int, lora: bool = False, **options: Any) -
 
 
 def outcome(trainer: NoteLLM2Trainer, witness: Witness) -> dict[str, Any]:
-    weights = {name: whole(p).clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    named = ((name.replace(CHECKPOINTED, ""), p) for name, p in trainer.model.named_parameters())
+    weights = {name: whole(p).clone() for name, p in named if p.requires_grad}
     return {"losses": witness.losses, "gradients": witness.gradients, "weights": weights}
 
 
@@ -233,12 +235,13 @@ def two_processes(folder: Path, rank: int, world: int) -> dict[str, Any]:
         further, witness = make_trainer(folder / f"{kind}-further", world, **options)
         further.train(resume_from_checkpoint=str(folder / kind / "checkpoint-3"))
         results[f"{kind}-further"] = outcome(further, witness)
-    trainer, witness = make_trainer(folder / "lora", world, lora=True, **FSDP, **ADAM)
+    recomputed = {"fsdp": True, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": True}}
+    trainer, witness = make_trainer(folder / "lora", world, lora=True, **recomputed, **ADAM)
     trainer.train()
     results["lora"] = outcome(trainer, witness)
     results["lora_kinds"] = [isinstance(p, DTensor) for n, p in trainer.model.named_parameters() if "vision" not in n]
     trainer.save_model(str(folder / "lora" / "adapter"))
-    further, witness = make_trainer(folder / "lora-further", world, lora=True, **FSDP, **ADAM)
+    further, witness = make_trainer(folder / "lora-further", world, lora=True, **recomputed, **ADAM)
     further.train(resume_from_checkpoint=str(folder / "lora" / "checkpoint-3"))
     results["lora-further"] = outcome(further, witness)
 
@@ -304,6 +307,7 @@ def test_adapters_trained_in_shards_are_merged_from_the_gathered_whole(in_two, t
     torch.manual_seed(0)
     wrapped = with_lora(alone_model, ModelArguments(model="base", lora_r=4, lora_dropout=0.0)).eval()
     trained = results[0]["lora"]["weights"]
+    assert sum("lora_" in name for name in load_file(folder / "lora" / "adapter" / "adapter_model.safetensors")) == 28
     assert set(trained) == {name for name, p in wrapped.named_parameters() if p.requires_grad}
     wrapped.load_state_dict(trained, strict=False)
     inputs = processor(list(Items())[15:25], return_tensors="pt")

@@ -59,7 +59,7 @@ def parsed() -> dict[str, ast.Module]:
 def defined_by_us(tree: ast.AST) -> Iterator[str]:
     """Names that a file gives to functions, classes, variables, attributes and modules."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id

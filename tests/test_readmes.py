@@ -44,6 +44,7 @@ SHORTER = {"training/run.py": ["--max_steps", "2", "--per_device_train_batch_siz
 
 ELSEWHERE = {
     "hub/app.py": "it serves until it is stopped: tests/hub/pages/test_app.py",
+    "hub/serve.py": "it serves until it is stopped: tests/hub/serving/test_serve.py",
     "hub/convert_official.py": "it needs a research checkpoint: tests/hub/backbones/test_convert_official.py",
     "training.experiments.movielens": "tests/training/experiments/test_movielens.py",
     "--text_layers": "it reads the packaged backbones: tests/hub/backbones",

@@ -30,8 +30,7 @@ def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto"
         raise ValueError(f"{path}: an item is a JSON object, this is a {type(raw).__name__}.")
     known = index.settings["model"]
     folder = find_model(model or known["source"], None if model else known["revision"])
-    if changed := model_changes(known["files"], describe_model(folder)):
-        raise ValueError(f"{folder} is not the model of this index: {', '.join(changed)} differs.")
+    check_model(index, folder)
     visual = index.settings["embedding"] == VISUAL_EMBEDDING
     encoder = ItemEncoder(str(folder), index.settings["dtype"] if dtype == "auto" else dtype, visual=visual)
     try:
@@ -46,3 +45,13 @@ def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto"
     chosen = block.visual_embeddings if visual else block.embeddings
     assert chosen is not None
     return chosen
+
+
+def check_model(index: Index, folder: Path) -> None:
+    """Let no other model than an index's own make queries for it.
+
+    Raises:
+        ValueError: naming the files that differ.
+    """
+    if changed := model_changes(index.settings["model"]["files"], describe_model(folder)):
+        raise ValueError(f"{folder} is not the model of this index: {', '.join(changed)} differs.")

@@ -58,8 +58,9 @@ lint: $(FOR_TEST)
 	$(BIN)/mypy
 
 bench: $(FOR_TEST)
-	@for table in $(basename $(notdir $(wildcard tests/benchmarks/*.py))); do \
-		[ $$table = __init__ ] || { echo "== $$table"; $(BIN)/python -m tests.benchmarks.$$table || exit 1; }; done
+	$(BIN)/python -m tests.benchmarks --output runs/bench.json
+	@for table in bench_encode bench_retrieval item_table_memory loss_at_scale mining_scale; do \
+		echo "== $$table"; $(BIN)/python -m tests.benchmarks.$$table || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from .packing_notellm2 import call_packed, can_pack
+
 
 # Tokens of a trial. Longer than the windows and blocks of tiny models, short enough for seconds on a large one.
 TRIAL_LENGTH = 48
@@ -78,6 +80,8 @@ def call_language_model(
     Returns:
         What the model returns, with `last_hidden_state`.
     """
+    if call.positions and call.inputs == "embeds" and can_pack(model, attention_mask, kwargs):
+        return call_packed(model, inputs_embeds, attention_mask)
     if call.positions:
         kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     kwargs |= understood(model, {"use_cache": False, "return_dict": True})

@@ -26,6 +26,7 @@ from .loss_notellm2 import add_losses
 from .native_notellm2 import call_native_model, native_features, tokens_of_each, vision_parts
 from .old_checkpoints_notellm2 import read_old_scales, unsqueeze_scale
 from .outputs_notellm2 import NoteLLM2Output
+from .packing_notellm2 import allow_packing
 from .precision_notellm2 import keep_precision_apart
 from .saving_notellm2 import write_sentence_transformers_files
 from .towers_notellm2 import build_vision_encoder
@@ -117,6 +118,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         self._language_call = LanguageCall(
             config.text_inputs, takes_positions(self.language_model) if positions is None else positions
         )
+        if config.connector == "qformer":
+            allow_packing(self.language_model)
         self._freeze_vision()
         self.post_init()
         keep_precision_apart(self, ("vision_model", "language_model"))

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AddedToken, AutoModel, AutoProcessor
 
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
+from modeling_notellm2.packing_notellm2 import PACKED_SDPA
 from tests.support.models import QFORMER, make_backbones, make_image_processor, make_model, make_tokenizer
 
 
@@ -291,7 +292,8 @@ def test_attention_implementations_agree(tiny_model_folder):
     outputs = {}
     for name in ("eager", "sdpa"):
         model = AutoModel.from_pretrained(tiny_model_folder, attn_implementation=name).eval()
-        assert model.language_model.config._attn_implementation == name
+        of_llm = PACKED_SDPA if name == "sdpa" else name  # SDPA without padding
+        assert model.language_model.config._attn_implementation == of_llm
         outputs[name] = embed(model, processor, ITEMS).embeddings
     torch.testing.assert_close(outputs["eager"], outputs["sdpa"], atol=1e-5, rtol=0)
     eager = AutoModel.from_pretrained(tiny_model_folder, attn_implementation="eager").eval()

@@ -38,7 +38,7 @@ def packed_sdpa(
     if item_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     of_items = zip(*(states.split(item_lengths, dim=2) for states in (query, key, value)), strict=True)
-    attended = [sdpa_attention_forward(module, *states, None, **kwargs)[0] for states in of_items]
+    attended = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in of_items]
     return torch.cat(attended, dim=1), None
 
 

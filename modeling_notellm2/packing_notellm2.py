@@ -60,9 +60,11 @@ def can_pack(model: PreTrainedModel, attention_mask: torch.Tensor, kwargs: dict[
 
     On CPUs alone: there it is measured (tests/benchmarks/NOTES.md); GPUs have kernels of their own for it.
     """
-    if torch.compiler.is_compiling() or attention_mask.device.type != "cpu" or kwargs:
+    config = model.config
+    asks_for_more = kwargs or config.output_hidden_states or config.output_attentions
+    if torch.compiler.is_compiling() or attention_mask.device.type != "cpu" or asks_for_more:
         return False
-    return model.config._attn_implementation == PACKED_SDPA and not bool(attention_mask.all())
+    return config._attn_implementation == PACKED_SDPA and not bool(attention_mask.all())
 
 
 def call_packed(model: PreTrainedModel, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> BaseModelOutput:

@@ -120,6 +120,7 @@ class NoteLLM2Processor(ProcessorMixin):
         self.image_prefix_ids = image_prefix_ids
         self.image_suffix_ids = image_suffix_ids
         self._item_tokens = item_tokens(tokenizer, native_image_token_id)
+        self._start_ids = start_ids(tokenizer)  # once: so that no thread changes how another one's texts are read
 
     @classmethod
     def from_vision_text_pretrained(
@@ -323,10 +324,9 @@ class NoteLLM2Processor(ProcessorMixin):
         prefix, suffix = self.image_prefix_ids or [], self.image_suffix_ids or []
         images = iter([*prefix, *[self.image_token_id] * count, *suffix] for count in image_tokens)
         reserved = {self.image_token_id, self.visual_embedding_token_id}
-        start = start_ids(self.tokenizer)
         input_ids = []
         for number, row in enumerate(rows):
-            ids = list(start)
+            ids = list(self._start_ids)
             for piece in row:
                 if piece is Slot.IMAGE:
                     ids.extend(next(images))

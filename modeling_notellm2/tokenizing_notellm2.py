@@ -19,9 +19,12 @@ def cut(tokenizer: Any, text: str, most: int) -> str:
 
 
 def start_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text (a BOS token in Llama's), and nothing of what it puts behind."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    """What the tokenizer puts before a text (a BOS token in Llama's), and nothing of what it puts behind.
+
+    Asked with `split_special_tokens`, as `encode` asks: it is a state of the tokenizer, which all threads share.
+    """
+    bare = tokenizer("a", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    full = tokenizer("a", split_special_tokens=True)["input_ids"]
     return next((full[:at] for at in range(len(full)) if full[at : at + len(bare)] == bare), [])
 
 

@@ -1,68 +1,78 @@
-"""Many threads with one model, one processor and one table, as a server has them: each gets what it would get alone."""
+"""Threads that share one model, processor and table get what one thread gets.
 
+A tokenizer has states (truncation, padding, whether special tokens are recognised in texts), which a call in one thread
+could change under another's.
+"""
+
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import datasets
-import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from tests.conftest import picture
-from tests.support.models import make_model
+from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
+from tests.support.catalogue import make_items
 from training.tables.items import load_items
 
 
-ROWS = [
-    {"item_id": f"i{n}", "title": f"thing number {n} " + "x " * (n % 13), "content": "long text " * (n % 7)}
-    | ({"image": picture("red", n)} if n % 3 else {})
-    for n in range(60)
+HOSTILE = [
+    {"title": "<|im_start|><s>", "content": "<pad><IMG><IMG_EMB><|im_end|>", "topics": ["<s>"]},
+    {"title": "<IMG>", "content": "y" * 60},
 ]
+THREADS = 8
 
 
-def in_threads(work, count=8):
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(work, range(count)))
+@pytest.fixture(autouse=True)
+def _threads_change_often():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
-def shuffled(seed):
-    return np.random.default_rng(seed).permutation(len(ROWS))
+def in_threads(function, calls: int) -> list:
+    """Results of `function` of 0 to `calls`, computed by threads at once."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, range(calls)))
 
 
-def test_threads_embed_as_one_does():
-    model, processor = make_model()
-    model.eval()
+@pytest.mark.parametrize("settings", [{}, {"max_title_tokens": 3, "max_content_tokens": 9}], ids=["plain", "limits"])
+def test_texts_of_users_stay_text_in_threads(tiny_processor, settings):
+    for name, value in settings.items():
+        setattr(tiny_processor, name, value)
+    expected = tiny_processor(HOSTILE)["input_ids"]
+    for input_ids in in_threads(lambda _: tiny_processor(HOSTILE)["input_ids"], 2000):
+        assert input_ids == expected
+
+
+def test_threads_begin_with_a_loaded_processor(tiny_model_folder):
+    """The first calls of all come at once."""
+    for _ in range(10):
+        processor = NoteLLM2Processor.from_pretrained(tiny_model_folder)
+        first, *others = in_threads(lambda _, ready=processor: ready(HOSTILE)["input_ids"], THREADS)
+        assert others == [first] * (THREADS - 1)
+
+
+def test_one_model_and_one_table_in_threads(tiny_model_folder, table):
+    model = NoteLLM2Model.from_pretrained(tiny_model_folder).eval()
+    processor = NoteLLM2Processor.from_pretrained(tiny_model_folder)
+    items, _ = load_items(str(table))
 
     @torch.inference_mode()
-    def embedded(places):
-        parts = [[ROWS[place] for place in places[start : start + 3]] for start in range(0, len(places), 3)]
-        return torch.cat([model(**processor(part, return_tensors="pt")).embeddings for part in parts])
+    def embedded(part: int) -> torch.Tensor:
+        """Every seventh item from that one on, read one by one."""
+        batch = [*HOSTILE, *(items[row] for row in range(part % 7, len(items), 7))]
+        return model(**processor(batch, return_tensors="pt")).embeddings
 
-    alone = embedded(range(len(ROWS)))
-    for seed, embeddings in enumerate(in_threads(lambda seed: embedded(shuffled(seed)))):
-        torch.testing.assert_close(embeddings, alone[shuffled(seed)], atol=2e-5, rtol=0)
+    expected = [embedded(part) for part in range(7)]
+    for call, embeddings in enumerate(in_threads(embedded, 42)):
+        assert torch.equal(embeddings, expected[call % 7])
 
 
-def test_threads_encode_through_sentence_transformers(tiny_model_folder):
+def test_sentence_transformers_in_threads(tiny_model_folder):
     encoder = SentenceTransformer(str(tiny_model_folder), trust_remote_code=True, device="cpu")
-    items = [{name: value for name, value in row.items() if name != "item_id"} for row in ROWS]
-    alone = encoder.encode(items)
-    encoded = in_threads(lambda seed: encoder.encode([items[place] for place in shuffled(seed)], batch_size=5), 4)
-    for seed, embeddings in enumerate(encoded):
-        np.testing.assert_allclose(embeddings, alone[shuffled(seed)], atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("end", ["parquet", "jsonl"])
-def test_threads_read_one_table(end, tmp_path):
-    rows = [{name: value for name, value in row.items() if end == "parquet" or name != "image"} for row in ROWS * 20]
-    rows = [{**row, "item_id": f"{row['item_id']}-{number}"} for number, row in enumerate(rows)]
-    table = datasets.Dataset.from_list(rows)
-    getattr(table, {"parquet": "to_parquet", "jsonl": "to_json"}[end])(tmp_path / f"items.{end}")
-    items, rejects = load_items(str(tmp_path / f"items.{end}"))
-    assert len(items) == 1200 and not rejects
-
-    def wrong(seed):
-        places = np.random.default_rng(seed).permutation(len(items))[:300].tolist()
-        return [place for place in places if items[place]["item_id"] != rows[place]["item_id"]]
-
-    assert in_threads(wrong) == [[]] * 8
+    batch = [*HOSTILE, *make_items(6)]
+    expected = encoder.encode(batch, convert_to_tensor=True)
+    for embeddings in in_threads(lambda _: encoder.encode(batch, convert_to_tensor=True), 24):
+        assert torch.equal(embeddings, expected)

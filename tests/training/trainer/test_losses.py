@@ -386,10 +386,12 @@ def joined_batch(world: int) -> tuple[list[dict[str, Any]], list[int], int]:
 
 
 def assert_equal_gradients(found, expected, tolerance: float = 1e-5):
-    """Relative to each parameter's own; keys' biases have a gradient of zero and its rounding."""
+    """Relative to each parameter's own; keys' biases have a gradient of zero and its rounding. The scale's is a small
+    difference of sums of logits, some twenty each, and has their rounding."""
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-7, name
+        rounding = 1e-5 if name == "logit_scale" else 1e-7
+        assert (found[name] - gradient).norm() <= tolerance * gradient.norm() + rounding, name
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BAR = re.compile(r"\d+%\||\d+[a-z]* \[\d\d:\d\d")
 OURS = re.compile(
     r"NoteLLM-2, prompt|  [a-z_, ]+ +[\d,]+|Precision: |\{'|[┏┃┡│├└]| +\d+ queries among| {5,}\S"
-    r"|Nearest to |\d+ pairs, |(Rows left out|Model|Metrics|Logs|Report|Pairs left out|Pairs|Rejects): |/\S+$"
+    r"|Nearest to |\d+ pairs, |(Rows left out|Log|Model|Metrics|Logs|Report|Pairs left out|Pairs|Rejects): |/\S+$"
     r"|.*: \d+ items, |.*, open it in a browser\. |.*/(evaluation\.(json|md)|plots|base: model, .*)$"
 )
 

@@ -20,7 +20,8 @@ from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command, p
 def show(mined: Mined, arguments: MiningArguments) -> None:
     """The counts of every step, a column for each side, and where everything is."""
     console = plain_console()
-    table = RichTable(title=f"Pairs of {arguments.interactions}")
+    console.print(f"Log:     {arguments.interactions}", soft_wrap=True)
+    table = RichTable()
     table.add_column("")
     for name in mined.sides:
         table.add_column(name, justify="right")
@@ -30,7 +31,7 @@ def show(mined: Mined, arguments: MiningArguments) -> None:
     for reason, count in mined.rejected.items():
         console.print(f"Rows left out: {count:,}, {reason}")
     written = [arguments.output, *([arguments.test_output] if arguments.test_output else [])]
-    console.print(f"Pairs:   {' and '.join(written)}\nRejects: {rejects_of(Path(arguments.output))}")
+    console.print(f"Pairs:   {' and '.join(written)}\nRejects: {rejects_of(Path(arguments.output))}", soft_wrap=True)
 
 
 @command("training/mine.py")

@@ -24,6 +24,8 @@ from safetensors import safe_open
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npz"}
 MOST_BYTES = 256 * 2**20
 """Of a compressed or binary file that are looked at; weights in safetensors are told by their header."""
+CALLS = {"INST", "NEWOBJ", "NEWOBJ_EX", "OBJ", "REDUCE"}
+"""Opcodes of a pickle that call what it names."""
 DEEPEST = 3
 """Archives in archives that are opened."""
 PRINTABLE = re.compile(rb"[\t\n\r\x20-\x7e]{8,}")
@@ -153,13 +155,37 @@ def _holds_objects(stream: IO[bytes]) -> bool:
 
 
 def _is_pickle(stream: IO[bytes]) -> bool:
-    """Whether a stream starts with a whole pickle of any protocol, longer than what a text may be by accident."""
+    """Whether a stream starts with a pickle of any protocol: as far as it runs, each opcode finds on the stack what it takes.
+
+    Texts whose letters happen to be opcodes ask for what isn't there. One that calls something is told before it ends: it
+    need not be whole to do harm.
+    """
     opcodes = 0
+    stack: list[Any] = []
     try:
-        for _ in pickletools.genops(stream):
+        for opcode, _, _ in pickletools.genops(stream):
             opcodes += 1
-            if opcodes > 1000:
+            _step(stack, opcode)
+            if opcode.name in CALLS or opcodes > 1000:
                 return True
-    except Exception:  # whatever it is that genops doesn't understand, it is no pickle
+    except Exception:  # whatever it is that genops doesn't understand, or a stack too short, it is no pickle
         return False
     return opcodes > 3
+
+
+def _step(stack: list[Any], opcode: Any) -> None:
+    """What an opcode does to the stack, of which only the kinds are known.
+
+    Raises:
+        IndexError, ValueError: when the stack doesn't hold what the opcode takes.
+    """
+    before, after = opcode.stack_before, opcode.stack_after
+    mark = pickletools.markobject
+    if mark in before or (opcode.name == "POP" and stack and stack[-1] is mark):
+        last_mark = len(stack) - 1 - stack[::-1].index(mark)
+        del stack[last_mark:]
+        before = before[: before.index(mark)] if mark in before else []
+    for _ in before:
+        if stack.pop() is mark:
+            raise ValueError("a mark where a value is taken")
+    stack.extend(after)

@@ -51,6 +51,8 @@ DETECTORS: tuple[BasePlugin, ...] = (
     TelegramBotTokenDetector(),
     TwilioKeyDetector(),
 )
+NO_NAME = r"(?![A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+[\"'\s])"
+"""Not the name of a variable of the environment, as `API_KEY = "SERVICE_API_KEY"` has it."""
 OTHERS = {
     name: re.compile(pattern)
     for name, pattern in {
@@ -62,7 +64,7 @@ OTHERS = {
         "a netrc login": r"(?i)\bmachine\s+\S+\s+login\s+\S+\s+password\s+\S+",
         "a key or password": (
             r"(?im)\b[\w-]*(?:(?:api|access|private|secret)[_-]?key|secret|(?:access|auth)_?token|password|passwd)[\"']?\s*[:=]\s*"
-            r"(?:[\"'][A-Za-z0-9+/=_-]{16,}[\"']|(?=\S*\d)[A-Za-z0-9+/=_-]{16,}\s*$)"
+            rf"(?:[\"']{NO_NAME}[A-Za-z0-9+/=_-]{{16,}}[\"']|(?=\S*\d){NO_NAME}[A-Za-z0-9+/=_-]{{16,}}\s*$)"
         ),
         "a login in an address": r"\bhttps?://[^\s/:@\"']+:[^\s/:@\"']{4,}@",
     }.items()

@@ -296,4 +296,12 @@ def _add(faults: Faults, broken: Faults, name: str) -> None:
 
 
 def _size(cell: Any) -> int:
-    return len(cell) if isinstance(cell, str) else sum(map(_size, cell)) if isinstance(cell, Iterable) else 8
+    """About how many bytes a cell takes. Not by recursion: what is nested deeply is told later, by name and row."""
+    size, waiting = 0, [cell]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Iterable) and not isinstance(part, str):
+            waiting.extend(part)
+        else:
+            size += len(part) if isinstance(part, str) else 8
+    return size

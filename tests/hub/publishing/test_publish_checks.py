@@ -47,6 +47,8 @@ FINE = {
     "README.md": "See https://example.org/home/page and docs/tmp/a; run `python hub/x.py --model models/base`. 3/4 of /all/",
     "tokenizer.json": '{"vocab": {"/home/user": 1, "hf_": 2, "password": 3, "api_key": 4}}',
     "code.py": 'token = token or "auto"\nsecret = None\napi_key = load_the_key_of_version_2()\npassword: str | None = None',
+    "settings.py": 'API_KEY = "SERVICE_2_API_KEY"\nSECRET_KEY: "MY_SECRET_KEY_2"\n',
+    "requirements.txt": "torch>=2.6\ntransformers>=5.24\npillow\nnumpy\nsafetensors\nrich\nN.\n0.\nl.\n",
 }
 
 
@@ -113,6 +115,7 @@ def test_logs_and_pickles_of_other_names_are_found(tmp_path):
     folder = write(tmp_path / "model", {"events.out.tfevents.1700000000.my-host.12.0": b"\x18\0\0\0"})
     for protocol in (0, 1):
         (folder / f"notes{protocol}.txt").write_bytes(pickle.dumps(Runs(), protocol=protocol))
+    (folder / "broken.txt").write_bytes(pickle.dumps(Runs(), protocol=0)[:-3] + b"\xff no pickle's end")
     np.save(folder / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     np.save(folder / "numbers.npy", np.arange(3))
     with zipfile.ZipFile(folder / "archive.zip", "w") as archive:
@@ -120,7 +123,7 @@ def test_logs_and_pickles_of_other_names_are_found(tmp_path):
     found = faults_of(folder)
     assert set(found) == {path.name for path in folder.iterdir()} - {"numbers.npy"}
     assert "state of a training" in found["events.out.tfevents.1700000000.my-host.12.0"]
-    assert found["notes0.txt"] == found["notes1.txt"] == "a pickle by its content"
+    assert found["notes0.txt"] == found["notes1.txt"] == found["broken.txt"] == "a pickle by its content"
     assert found["objects.npy"] == "an array of Python objects, which is a pickle"
     assert found["archive.zip"] == "readme.txt: a pickle by its content"
 

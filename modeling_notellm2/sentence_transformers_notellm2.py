@@ -158,6 +158,13 @@ class NoteLLM2ItemEncoder(InputModule):
         """Positions that the LLM has. Read-only: the processor's limits on an item's fields decide what is cut."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        raise AttributeError(
+            "An item isn't cut as a whole: its slots for the picture must stay. Limit its fields instead, for instance "
+            "SentenceTransformer(..., processor_kwargs={'max_title_length': 40, 'max_content_length': 100})."
+        )
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
         """The LLM's tokenizer; read-only, as the processor has put its tokens into it."""

@@ -69,6 +69,17 @@ def test_nothing_of_the_product_uses_the_experiments():
     assert not [path for path in product for name in imports_of(path) if is_within(name, "training.experiments")]
 
 
+def test_one_console_prints_all():
+    """The one of `plain_console`, for which `[/x]` in a path or title is no markup."""
+    makers = [
+        path.relative_to(ROOT).as_posix()
+        for folder in OURS[:3]
+        for path in (ROOT / folder).rglob("*.py")
+        if "Console(" in path.read_text(encoding="utf-8") or "rich.print" in {*imports_of(path)}
+    ]
+    assert makers == ["training/tables/commands/handler.py"]
+
+
 def test_no_circle_of_imports():
     """Of any files of ours, those inside functions counted too."""
     names = {

@@ -1,6 +1,8 @@
 """A saved folder as a sentence-transformers model: encoding and saving; also without the package."""
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -111,6 +113,30 @@ def test_options_of_encode(encoder, tmp_path):
         assert encoder.encode("a").shape == (encoder.get_embedding_dimension(),) == (8,)
     settings = encoder.encode(ITEMS[:2], processing_kwargs={"pad_to_multiple_of": 64, "padding_side": "left"})
     assert_same(settings, full[:2])
+
+
+def test_what_any_module_of_sentence_transformers_must_do(tiny_model_folder):
+    """Their documented contract. Two exceptions: items aren't cut at a length, and there are no token embeddings."""
+    encoder = SentenceTransformer(str(tiny_model_folder), trust_remote_code=True)
+    full = encoder.encode(ITEMS)
+    for same in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        np.testing.assert_array_equal(same.encode(ITEMS), full)
+    for encode in (encoder.encode_query, encoder.encode_document):
+        np.testing.assert_array_equal(encode(ITEMS), full)
+    features = encoder.encode(ITEMS, output_value=None)
+    assert_same(torch.stack([feature["sentence_embedding"] for feature in features]).numpy(), full)
+    assert encoder.supports("image") and encoder.supports("text") and encoder.supports(("image", "text"))
+    encoder.load_state_dict(encoder.state_dict())
+    encoder.to(torch.bfloat16).float()
+    with pytest.raises(AttributeError, match="max_title_length"):
+        encoder.max_seq_length = 32
+    with pytest.raises(KeyError, match="token_embeddings"):
+        encoder.encode(ITEMS, output_value="token_embeddings")
+
+
+@pytest.mark.slow
+def test_several_processes_encode_as_one(encoder):
+    assert_same(encoder.encode(ITEMS, device=["cpu", "cpu"], batch_size=2, chunk_size=2), encoder.encode(ITEMS))
 
 
 def test_half_precision(tiny_model_folder):

@@ -86,14 +86,19 @@ def topics_of(value: Any) -> list[str]:
     return [text for text in (plain_text(topic).strip() for topic in value) if text]
 
 
-def pictures_of(value: Any) -> list[dict[str, Any]]:
+def pictures_of(value: Any, deepest: int = 16) -> list[dict[str, Any]]:
     """The pictures of a cell, each with its `bytes` or its `path`: a path, bytes, `{"bytes", "path"}`, or a list of such.
+
+    Args:
+        deepest: how many lists may stand in each other; how deep Python itself goes differs from version to version.
 
     Raises:
         CellError: for what is no picture.
     """
     if isinstance(value, (list, tuple)):
-        return [picture for part in value for picture in pictures_of(part)]
+        if not deepest:
+            raise CellError("image has too many lists in lists (recursion)")
+        return [picture for part in value for picture in pictures_of(part, deepest - 1)]
     if is_missing(value):
         return []
     if isinstance(value, (bytes, bytearray, memoryview)):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import seed_worker
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
 from training.batches.collators import PairCollator, PairDataset
@@ -33,6 +32,7 @@ from training.trainer.distributed import (
 from training.trainer.grad_cache import GradCache
 from training.trainer.losses import Entries, PairLoss, PairLossOutput
 from training.trainer.monitor import TrainingMonitor
+from training.trainer.stopping import start_worker
 
 
 BACKBONES = {"language_model", "vision_model"}
@@ -295,7 +295,7 @@ class NoteLLM2Trainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+            worker_init_fn=partial(start_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
         )
         return self.accelerator.prepare(loader)
 

@@ -25,10 +25,9 @@ def stopped(arguments, number) -> tuple[int, list[str]]:
     assert process.stdout is not None
     while "loss" not in process.stdout.readline():
         assert process.poll() is None
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does: to the workers too
-    else:
-        process.send_signal(number)
+    os.killpg(process.pid, number)  # as terminals and schedulers do: to the workers too
+    if number == signal.SIGTERM:
+        process.send_signal(number)  # and torchrun passes it on
     _, error = process.communicate(timeout=200)
     return process.returncode, error.replace("\r", "\n").splitlines()
 

@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
 from tests.support.models import QFORMER, make_model
+from tests.support.native_models import image_processor_for, tiny_checkpoint, tokenizer_for
 from tests.support.training_runs import QUIET, ROOT, equal_weights, finish, weights
 from training.run import run
 from training.trainer.arguments import parse
@@ -47,6 +49,34 @@ def test_processes_and_chunks_train_as_one_process_on_the_joined_batch(options, 
     changed = {name for name in start if not torch.equal(start[name], single[name])}
     assert len(changed) > 40 and any("patch_embedding" in name for name in changed)
     assert not any("post_layernorm" in name for name in changed)
+    for name in single:
+        torch.testing.assert_close(
+            single[name], spread[name], atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.slow
+def test_one_checkpoint_as_both_halves_trains_in_shards_as_one_process(options, tmp_path):
+    """`connector: native` with FSDP2, the frozen vision tower in shards too."""
+    checkpoint = tiny_checkpoint("smolvlm")
+    torch.manual_seed(0)
+    model = NoteLLM2Model.from_vision_text_pretrained(checkpoint, checkpoint, embedding_dim=16)
+    processor = NoteLLM2Processor.from_vision_text_pretrained(
+        image_processor_for(checkpoint, "smolvlm"), tokenizer_for(checkpoint, "smolvlm"), model=model
+    )
+    assert model.config.connector == "native"
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    shared = {"model": tmp_path / "base", "optim": "sgd", "learning_rate": 0.05, "max_steps": 2}
+    run(*parse(options(output_dir=tmp_path / "one", per_device_train_batch_size=4, **shared)))
+    shards = {"fsdp": "full_shard", "shard_frozen_vision": True, "ddp_backend": "gloo"}
+    finish(options(output_dir=tmp_path / "two", per_device_train_batch_size=2, **shards, **shared), processes=2)
+    start, single, spread = (
+        load_file(tmp_path / "base" / "model.safetensors"),
+        *map(weights, (tmp_path / "one", tmp_path / "two")),
+    )
+    assert single.keys() == spread.keys()
+    assert sum(not torch.equal(start[name], single[name]) for name in start) > 20
     for name in single:
         torch.testing.assert_close(
             single[name], spread[name], atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"

@@ -1,9 +1,10 @@
-"""Publishes a model, an adapter, a data set or the demo app on the Hub, in one commit.
+"""Publishes a model, an adapter, a data set, the demo app or the server on the Hub, in one commit.
 
     python hub/publish.py --model DIR --repo ORG/NAME [--dry_run] [--private] [--revision BRANCH | --create_pr]
     python hub/publish.py --model ADAPTER --base ORG/BASE --repo ORG/NAME
     python hub/publish.py --dataset --items ITEMS --pairs PAIRS [--test_pairs PAIRS] --repo ORG/DATA
     python hub/publish.py --space --model ORG/NAME --index INDEX --items ITEMS --repo ORG/APP
+    python hub/publish.py --server --model ORG/NAME [--index INDEX] --repo ORG/SERVER
 
 Before anything is sent, a model is loaded in a process of its own and every file is looked at; what must not be published
 (pickles, secrets, paths of this machine, training state) is refused with all reasons at once. Log in with `hf auth login`.
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from hub.publishing.checks import RefusedError
 from hub.publishing.dataset import DataDetails, prepare_dataset
+from hub.publishing.docker_space import ServerDetails, prepare_server
 from hub.publishing.model import ModelDetails, prepare_model
 from hub.publishing.sending import Destination, Publication, listing, push, samples
 from hub.publishing.space import SpaceDetails, prepare_space
@@ -36,7 +38,7 @@ class PublishArguments:
     """What to publish, where, and how."""
 
     repo: str = field(metadata={"help": "ORG/NAME on the Hub; made if it isn't there."})
-    model: str | None = field(default=None, metadata={"help": "Folder of a model or adapter; with --space a Hub id."})
+    model: str | None = field(default=None, metadata={"help": "Folder of a model or adapter; for a Space a Hub id."})
     base: str | None = field(default=None, metadata={"help": "Hub id of an adapter's base model."})
     base_models: list[str] | None = field(
         default=None,
@@ -61,7 +63,10 @@ class PublishArguments:
         default="publish_rejects.jsonl", metadata={"help": "Where rows that can't be published are listed."}
     )
     space: bool = field(default=False, metadata={"help": "Publish the demo app as a Gradio Space."})
-    index: str | None = field(default=None, metadata={"help": "Index folder of hub/index.py, with --space."})
+    server: bool = field(default=False, metadata={"help": "Publish the server of hub/serve.py as a Docker Space."})
+    index: str | None = field(
+        default=None, metadata={"help": "Index folder of hub/index.py, with --space and --server."}
+    )
     visual_index: str | None = field(
         default=None, metadata={"help": "Index of the visual embeddings, with --space; none: no weight to slide there."}
     )
@@ -75,8 +80,9 @@ class PublishArguments:
     dry_run: bool = field(default=False, metadata={"help": "Check, list what would go, and send nothing."})
 
     def __post_init__(self) -> None:
-        if self.dataset and self.space:
-            raise ValueError("--dataset and --space are two publications: run the command once for each.")
+        kinds = [f"--{name}" for name in ("dataset", "space", "server") if getattr(self, name)]
+        if len(kinds) > 1:
+            raise ValueError(f"{' and '.join(kinds)} are several publications: run the command once for each.")
         wanted = ("items", "pairs") if self.dataset else ("model", "index", "items") if self.space else ("model",)
         missing = [f"--{name}" for name in wanted if getattr(self, name) is None]
         if missing:
@@ -114,6 +120,8 @@ def prepare(arguments: PublishArguments, staging: Path) -> Publication:
             arguments.encoding,
         )
         return prepare_space(space, staging, Path(arguments.rejects))
+    if arguments.server:
+        return prepare_server(ServerDetails(arguments.repo, arguments.model, arguments.index), staging)
     names = ("repo", "base", "base_models", "metrics", "license", "languages", "datasets")
     return prepare_model(
         Path(arguments.model), staging, ModelDetails(**{name: getattr(arguments, name) for name in names})

@@ -51,6 +51,7 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("ORG/BASE", "ORG/DATA", "ORG/APP"), "it sends to the Hub: tests/hub/publishing/test_publish_others.py"
     ),
+    "ORG/SERVER": "it sends to the Hub: tests/hub/serving/test_container.py",
     "hub/mteb_task.py": "it needs mteb: tests/hub/benchmark/test_mteb_task.py",
     "import mteb": "it downloads a task: tests/hub/benchmark/test_mteb_task.py",
     "qdrant_client": "it needs a server",

@@ -69,10 +69,7 @@ def prepare_space(details: SpaceDetails, staging: Path, rejects: Path) -> Public
         TableError: for items that can't be read.
         RefusedError: naming every reason against publishing.
     """
-    if Path(details.model).exists() or not is_hub_id(details.model):
-        raise ValueError(
-            f"{details.model}: a Space loads its model from the Hub. Publish it first, and name it ORG/NAME."
-        )
+    check_model_id(details.model)
     check_id(details.repo)
     files: dict[str, Path] = {}
     options = {"model": details.model, "items": details.items, "host": "0.0.0.0"}
@@ -93,6 +90,16 @@ def prepare_space(details: SpaceDetails, staging: Path, rejects: Path) -> Public
     if faults := file_faults(files):
         raise RefusedError(faults)
     return Publication("space", files, ("index/*", "visual_index/*", "items/*"), sdk="gradio")
+
+
+def check_model_id(model: str) -> None:
+    """Refuse what is no Hub id.
+
+    Raises:
+        ValueError: for a folder, or a name without an owner.
+    """
+    if Path(model).exists() or not is_hub_id(model):
+        raise ValueError(f"{model}: a Space loads its model from the Hub. Publish it first, and name it ORG/NAME.")
 
 
 def index_files(folder: Path, name: str, staging: Path) -> dict[str, Path]:

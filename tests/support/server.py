@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +43,18 @@ class Running:
 def serving(model: Path, *options: object, **environment: str) -> Iterator[Running]:
     """A server on a free port, in float32, until the block ends."""
     command = [sys.executable, ROOT / "hub" / "serve.py", "--model", model, "--port", 0, "--dtype", "float32", *options]
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    with started(list(map(str, command)), variables) as running:
+        yield running
+
+
+@contextmanager
+def started(command: Sequence[str], environment: Mapping[str, str], folder: Path | None = None) -> Iterator[Running]:
+    """A server that a command starts in a folder, until the block ends."""
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            list(map(str, command)),
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=folder
         ) as process,
     ):
         try:

@@ -241,7 +241,7 @@ def test_an_adapters_base_must_be_on_the_hub(tmp_path):
         ([], "Missing: --model"),
         (["--dataset", "--items", "x.parquet"], "Missing: --pairs"),
         (["--space", "--model", "m"], "Missing: --index, --items"),
-        (["--dataset", "--space"], "two publications"),
+        (["--dataset", "--space"], "several publications"),
         (["--model", ".", "--create_pr", "--revision", "x"], "leave out --revision or --create_pr"),
     ],
 )

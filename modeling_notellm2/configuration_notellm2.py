@@ -36,6 +36,12 @@ class NoteLLM2Config(PreTrainedConfig):
         micl (`bool`, defaults to `True`):
             Multimodal in-context learning (paper, section 3.3): the prompt compresses the image first, so that there is
             a visual embedding beside the multimodal one. Needs `early_fusion`.
+        readout (`str`, defaults to `"last"`):
+            What of the LLM's last hidden state becomes an embedding: "last", the published state of the last token (the one
+            before <IMG_EMB> for the visual embedding); "mean" over all tokens of the item (up to <IMG_EMB>).
+        text_attention (`str`, defaults to `"causal"`):
+            Which tokens of an item see which: "causal", those before (published); "bidirectional", all (LLM2Vec, arXiv
+            2404.05961), but none before <IMG_EMB> sees behind it. Needs an LLM that takes a mask of its own.
         embedding_dim (`int` or `None`, defaults to 64):
             Width of the embeddings. `None`: the LLM's hidden states are not reduced.
         logit_scale_init (`float`, defaults to 3.0):
@@ -97,6 +103,8 @@ class NoteLLM2Config(PreTrainedConfig):
     early_fusion: bool = True
     late_fusion: bool = True
     micl: bool = True
+    readout: Literal["last", "mean"] = "last"
+    text_attention: Literal["causal", "bidirectional"] = "causal"
     embedding_dim: int | None = 64
     logit_scale_init: float = 3.0
     visual_loss_weight: float = 1.0
@@ -142,6 +150,14 @@ class NoteLLM2Config(PreTrainedConfig):
             raise ValueError(f"connector is {self.connector!r}; expected qformer or native.")
         if self.connector == "native" and not self.early_fusion:
             raise ValueError('connector="native" needs early_fusion=True: its visual tokens enter the LLM.')
+        if self.readout not in ("last", "mean"):
+            raise ValueError(f"readout is {self.readout!r}; expected last or mean.")
+        if self.text_attention not in ("causal", "bidirectional"):
+            raise ValueError(f"text_attention is {self.text_attention!r}; expected causal or bidirectional.")
+        if self.connector == "native" and self.text_attention == "bidirectional":
+            raise ValueError(
+                'text_attention="bidirectional" goes with connector="qformer"; a native connector\'s family masks by itself.'
+            )
         if self.vision_summary not in ("auto", "cls", "pooler", "mean"):
             raise ValueError(f"vision_summary is {self.vision_summary!r}; expected auto, cls, pooler or mean.")
         if self.num_query_tokens < 1:

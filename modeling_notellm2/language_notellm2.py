@@ -64,6 +64,7 @@ def call_language_model(
     input_ids: torch.Tensor,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor,
+    seen: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     """Runs an LLM on embeddings, as its family wants to be called.
@@ -75,15 +76,20 @@ def call_language_model(
             be an id of the model's own vocabulary.
         inputs_embeds (`torch.Tensor` of shape `(n, length, width)`).
         attention_mask (`torch.Tensor` of shape `(n, length)`).
+        seen (`torch.BoolTensor` of shape `(n, 1, length, length)`, *optional*): for each token those that it sees, where that
+            is not the LLM's own affair; see `try_bidirectional`.
         kwargs: for the model.
 
     Returns:
         What the model returns, with `last_hidden_state`.
     """
     if call.positions and call.inputs == "embeds" and can_pack(model, attention_mask, kwargs):
-        return call_packed(model, inputs_embeds, attention_mask)
+        return call_packed(model, inputs_embeds, attention_mask, seen)
     if call.positions:
         kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    if seen is not None:  # transformers adds a mask of four dimensions to the scores as it is
+        lowest = torch.finfo(inputs_embeds.dtype).min
+        attention_mask = torch.zeros_like(seen, dtype=inputs_embeds.dtype).masked_fill(~seen, lowest)
     kwargs |= understood(model, {"use_cache": False, "return_dict": True})
     if call.inputs == "embeds":
         return model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
@@ -198,6 +204,41 @@ def try_language_model(model: PreTrainedModel) -> LanguageCall:
         ) from error
     finally:
         model.train(training)
+
+
+def try_bidirectional(model: PreTrainedModel, call: LanguageCall) -> None:
+    """Finds out by four short forward passes that a model sees the tokens that a mask says, behind a token too.
+
+    Args:
+        model: a headless decoder with weights.
+        call: how it is called.
+
+    Raises:
+        UnusableModelError: if it doesn't.
+    """
+    ids, training = trial_ids(model), model.training
+    everywhere = torch.ones(1, 1, TRIAL_LENGTH, TRIAL_LENGTH, dtype=torch.bool, device=ids.device)
+    start = everywhere.clone()
+    start[:, :, :TRIAL_PREFIX, TRIAL_PREFIX:] = False  # the two texts differ behind it
+    try:
+        if model.config._attn_implementation.startswith("flash"):
+            raise ValueError("flash attention takes no mask of its own; load with attn_implementation sdpa or eager")
+        states = []
+        with torch.no_grad():
+            for row, seen in ((ids[:1], everywhere), (ids[1:], everywhere), (ids[:1], start), (ids[1:], start)):
+                embeds = model.eval().get_input_embeddings()(row)
+                output = call_language_model(model, call, row, embeds, torch.ones_like(row), seen)
+                states.append(output.last_hidden_state[:, :TRIAL_PREFIX])
+    except Exception as error:
+        raise UnusableModelError(
+            f'{type(model).__name__} can\'t be read with text_attention="bidirectional" ({type(error).__name__}: {error}).'
+        ) from error
+    finally:
+        model.train(training)
+    if not differ(states[0], states[1], tolerance(model)) or differ(states[2], states[3], tolerance(model)):
+        raise UnusableModelError(
+            f'{type(model).__name__} doesn\'t see the tokens that a mask says; text_attention must stay "causal" with it.'
+        )
 
 
 def trial_ids(model: PreTrainedModel) -> torch.Tensor:

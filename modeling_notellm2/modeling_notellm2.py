@@ -19,15 +19,23 @@ from transformers.utils.generic import can_return_tuple
 from .backbones_notellm2 import ItemTokens, fit_token_embeddings, item_tokens, language_stack, tokenizer_of
 from .configuration_notellm2 import NoteLLM2Config
 from .fusion_notellm2 import NoteLLM2LateFusion, NoteLLM2Projector, mean_of_images
-from .inputs_notellm2 import check_lengths, check_padding, count_images, last_position, positions_of, states_at
+from .inputs_notellm2 import check_lengths, check_padding, count_images, positions_of
 from .joining_notellm2 import connector_between, join_dtypes, load_halves, load_native
-from .language_notellm2 import LanguageCall, build_language_model, call_language_model, embedding_width, takes_positions
+from .language_notellm2 import (
+    LanguageCall,
+    build_language_model,
+    call_language_model,
+    embedding_width,
+    takes_positions,
+    try_bidirectional,
+)
 from .loss_notellm2 import add_losses
 from .native_notellm2 import call_native_model, native_features, tokens_of_each, vision_parts
 from .old_checkpoints_notellm2 import read_old_scales, unsqueeze_scale
 from .outputs_notellm2 import NoteLLM2Output
 from .packing_notellm2 import allow_packing
 from .precision_notellm2 import keep_precision_apart
+from .readout_notellm2 import item_parts, read_states, seen_tokens
 from .saving_notellm2 import write_sentence_transformers_files
 from .towers_notellm2 import build_vision_encoder
 from .vision_features_notellm2 import VisionFeatures, merge_features
@@ -186,6 +194,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         config = NoteLLM2Config(**(settings | config_overrides))
         model = cls(config, vision_model, language_model)
         join_dtypes(model, dtype or language_model.dtype)
+        if check:
+            model.try_attention()
         if config.image_token_id is None or config.visual_embedding_token_id is None:
             token_kwargs = {
                 k: v for k, v in text_kwargs.items() if k in ("gguf_file", "revision", "token", "subfolder")
@@ -195,6 +205,15 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
                 model.set_item_tokens(item_tokens(tokenizer, config.native_image_token_id))
         logger.info("Connector, late fusion and reduction are new unless they are native: train before use.")
         return model
+
+    def try_attention(self) -> None:
+        """Tries whether the LLM can be read with the config's `text_attention`, by a few short forward passes.
+
+        Raises:
+            ValueError: if it can't.
+        """
+        if self.config.text_attention == "bidirectional":
+            try_bidirectional(self.language_model, self._language_call)
 
     def set_item_tokens(self, tokens: ItemTokens) -> None:
         """Tells the model the ids of <IMG> and <IMG_EMB> and gives them embedding rows."""
@@ -335,13 +354,12 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         check_lengths(attention_mask, self.config.get_text_config())
         outputs = self._read(input_ids, attention_mask, features, total, **kwargs)
         summary = None if features is None else mean_of_images(features.pooler_output, counts)
-        hidden = outputs.last_hidden_state
-        embeddings = self._finish(states_at(hidden, last_position(attention_mask)), summary, has_image)
+        states, visual_states = read_states(self.config, outputs.last_hidden_state, input_ids, attention_mask)
+        embeddings = self._finish(states, summary, has_image)
         visual_embeddings = None
-        if self.config.micl:
-            before = positions_of(input_ids, self.config.visual_embedding_token_id).int().argmax(-1) - 1
-            visual_embeddings = self._finish(states_at(hidden, before.clamp(min=0)), summary, has_image)
-            visual_embeddings = visual_embeddings.masked_fill(~has_image.to(hidden.device).unsqueeze(-1), 0)
+        if visual_states is not None:
+            visual_embeddings = self._finish(visual_states, summary, has_image)
+            visual_embeddings = visual_embeddings.masked_fill(~has_image.to(states.device).unsqueeze(-1), 0)
 
         result = NoteLLM2Output(
             embeddings=embeddings,
@@ -374,8 +392,11 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             )
         inputs_embeds = self._embed(input_ids, features)
         text_ids = self._text_ids(input_ids) if self._language_call.inputs == "ids" else input_ids
+        seen = None
+        if self.config.text_attention == "bidirectional":
+            seen = seen_tokens(attention_mask, item_parts(self.config, input_ids)).to(inputs_embeds.device)
         return call_language_model(
-            self.language_model, self._language_call, text_ids, inputs_embeds, attention_mask, **kwargs
+            self.language_model, self._language_call, text_ids, inputs_embeds, attention_mask, seen, **kwargs
         )
 
     def _embed(self, input_ids: torch.Tensor, features: VisionFeatures | None) -> torch.Tensor:

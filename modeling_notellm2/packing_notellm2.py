@@ -28,17 +28,22 @@ def packed_sdpa(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     item_lengths: list[int] | None = None,
+    item_masks: list[torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it: `query` `(rows, heads, length, width)` to `(rows, length, heads, width)`.
 
     Args:
         item_lengths: tokens of each item, where the only row holds items one behind the other.
+        item_masks: bool `(1, tokens, tokens)` of each, for each token those that it sees; None: those before it.
     """
     if item_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    of_items = zip(*(states.split(item_lengths, dim=2) for states in (query, key, value)), strict=True)
-    attended = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in of_items]
+    q, k, v = (states.split(item_lengths, dim=2) for states in (query, key, value))
+    attended = [
+        sdpa_attention_forward(module, q[item], k[item], v[item], item_masks[item] if item_masks else None, **kwargs)[0]
+        for item in range(len(item_lengths))
+    ]
     return torch.cat(attended, dim=1), None
 
 
@@ -67,13 +72,20 @@ def can_pack(model: PreTrainedModel, attention_mask: torch.Tensor, kwargs: dict[
     return config._attn_implementation == PACKED_SDPA and not bool(attention_mask.all())
 
 
-def call_packed(model: PreTrainedModel, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> BaseModelOutput:
+def call_packed(
+    model: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor,
+    seen: torch.Tensor | None = None,
+) -> BaseModelOutput:
     """Runs an LLM on the real tokens of a batch alone.
 
     Args:
         model: a headless decoder that `allow_packing` changed.
         inputs_embeds (`torch.Tensor` of shape `(n, length, width)`).
         attention_mask (`torch.Tensor` of shape `(n, length)`): 1 for tokens, 0 for padding on either side.
+        seen (`torch.BoolTensor` of shape `(n, 1, length, length)`, *optional*): for each token those that it sees; those before
+            it if left out.
 
     Returns:
         `last_hidden_state` `(n, length, width)`, zeros at padding.
@@ -81,6 +93,9 @@ def call_packed(model: PreTrainedModel, inputs_embeds: torch.Tensor, attention_m
     real = attention_mask.bool()
     lengths = real.sum(-1)
     positions = (real.cumsum(-1) - 1)[real]
+    extra = {}
+    if seen is not None:
+        extra["item_masks"] = [mask[:, row][:, :, row] for mask, row in zip(seen, real, strict=True) if row.any()]
     states = model(
         inputs_embeds=inputs_embeds[real].unsqueeze(0),
         # A mask of four dimensions is passed on as it is: none is built.
@@ -88,6 +103,7 @@ def call_packed(model: PreTrainedModel, inputs_embeds: torch.Tensor, attention_m
         position_ids=positions.unsqueeze(0),
         use_cache=False,
         item_lengths=lengths[lengths > 0].tolist(),
+        **extra,
     ).last_hidden_state
     padded = states.new_zeros(*real.shape, states.shape[-1])
     return BaseModelOutput(last_hidden_state=padded.masked_scatter(real.unsqueeze(-1), states))

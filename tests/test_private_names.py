@@ -24,6 +24,7 @@ REASONS = {
         "modeling_notellm2/precision_notellm2.py",
         "_is_mkldnn_bf16_supported",
     ): "torch says nowhere else what the CPU has",
+    ("modeling_notellm2/language_notellm2.py", "_attn_implementation"): "the only name under which a config holds it",
     ("modeling_notellm2/packing_notellm2.py", "_attn_implementation"): "the only name under which a config holds it",
     ("training/evaluation/saliency.py", "_attn_implementation"): "the only name under which a config holds it",
     ("training/tables/formats.py", "_fingerprint"): "datasets says nowhere else what content a data set has",

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hub.backbones.depth import measure_depths
 from hub.backbones.joining import check_saved
 from hub.backbones.layers import keep_layers
 from hub.backbones.packaged import load_efficientnet_lite0, load_smollm2
@@ -15,11 +16,14 @@ from modeling_notellm2.backbones_notellm2 import load_language_model
 from training.tables.commands.bounds import Bounds, NotNegative, Seed, check_bounds
 from training.tables.commands.files import atomic_write, write_json
 from training.tables.commands.outputs import Output, check_strangers, claimed
+from training.tables.items import load_items
+from training.tables.pairs import load_pairs
 
 
 PACKAGED_TEXT = "smollm2-135m"
 PACKAGED_VISION = "efficientnet-lite0"
 RECORD = "assembly.json"
+AUTO = "auto"
 # What the packaged backbones are, for the model card; the second's weights have no id that is known to be theirs.
 ORIGINS = {
     PACKAGED_TEXT: "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -44,7 +48,15 @@ class AssembleArguments:
         },
     )
     text_layers: str | None = field(
-        default=None, metadata={"help": "Keep only these layers of the LLM: 8 for the first eight, or 0-7,22-25."}
+        default=None,
+        metadata={
+            "help": "Keep only these layers of the LLM: 8 for the first eight, or 0-7,22-25; auto: as many of the first as "
+            "related items need to find each other (with --items and --train_pairs)."
+        },
+    )
+    items: str | None = field(default=None, metadata={"help": "Item table, for --text_layers auto."})
+    train_pairs: str | None = field(
+        default=None, metadata={"help": "Pair table, query_id and target_id, for --text_layers auto."}
     )
     num_query_tokens: Annotated[int, Bounds(1, 4096)] = field(
         default=16, metadata={"help": "Visual tokens of each image."}
@@ -62,6 +74,16 @@ class AssembleArguments:
     micl: bool = field(default=True, metadata={"help": "Multimodal in-context learning: a visual embedding as well."})
     early_fusion: bool = field(default=True, metadata={"help": "Visual tokens enter the LLM."})
     late_fusion: bool = field(default=True, metadata={"help": "A gate mixes the summary feature into the embeddings."})
+    readout: str = field(
+        default="last",
+        metadata={
+            "help": "What becomes the embedding: last, the last token's state (published); mean over the item's tokens."
+        },
+    )
+    text_attention: str = field(
+        default="causal",
+        metadata={"help": "causal (published), or bidirectional over the item (LLM2Vec), where the LLM can."},
+    )
     prompt_language: str = field(default="zh", metadata={"help": "Wording of the prompt: zh (published) or en."})
     max_title_length: NotNegative = field(default=20, metadata={"help": "Characters of the title that are read."})
     max_content_length: NotNegative = field(default=80, metadata={"help": "Characters of the content that are read."})
@@ -73,6 +95,8 @@ class AssembleArguments:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.text_layers == AUTO and not (self.items and self.train_pairs):
+            raise ValueError("--text_layers auto needs --items and --train_pairs, by which it measures the layers.")
 
 
 def assemble(arguments: AssembleArguments) -> tuple[NoteLLM2Model, NoteLLM2Processor]:
@@ -84,13 +108,28 @@ def assemble(arguments: AssembleArguments) -> tuple[NoteLLM2Model, NoteLLM2Proce
     """
     if connector(arguments) == "native":
         return assemble_native(arguments)
-    language_model, tokenizer = load_text(arguments.text, arguments.text_layers)
     vision, image_processor = load_vision(arguments.vision)
+    if arguments.text_layers == AUTO:
+        language_model, tokenizer = load_text(arguments.text, None)
+        cut_to_need(language_model, make_processor(arguments, image_processor, tokenizer, None), arguments)
+    else:
+        language_model, tokenizer = load_text(arguments.text, arguments.text_layers)
     set_seed(arguments.seed)  # after loading, which may draw random numbers of its own
     model = NoteLLM2Model.from_vision_text_pretrained(
         vision, language_model, check=arguments.check, connector="qformer", **config_overrides(arguments)
     )
     return model.eval(), make_processor(arguments, image_processor, tokenizer, model)
+
+
+def cut_to_need(model: PreTrainedModel, processor: NoteLLM2Processor, arguments: AssembleArguments) -> None:
+    """Leaves as many of the first layers as related items need to find each other by their texts, in place; says how many."""
+    assert arguments.items is not None
+    assert arguments.train_pairs is not None
+    items, _ = load_items(arguments.items, check_images=False)
+    pairs, _ = load_pairs(arguments.train_pairs, items)
+    depths = measure_depths(model, processor, items, pairs.pairs, arguments.readout, arguments.seed)
+    print(depths)
+    keep_layers(model, range(depths.chosen))
 
 
 def connector(arguments: AssembleArguments) -> str:
@@ -120,9 +159,9 @@ def assemble_native(arguments: AssembleArguments) -> tuple[NoteLLM2Model, NoteLL
 
 
 def make_processor(
-    arguments: AssembleArguments, image_processor: Any, tokenizer: Any, model: NoteLLM2Model
+    arguments: AssembleArguments, image_processor: Any, tokenizer: Any, model: NoteLLM2Model | None
 ) -> NoteLLM2Processor:
-    """The processor of a joined model, which it prepares."""
+    """The processor of a joined model, which it prepares; of None, one that makes the same prompts."""
     return NoteLLM2Processor.from_vision_text_pretrained(
         image_processor,
         tokenizer,
@@ -165,7 +204,7 @@ def load_vision(source: str) -> tuple[PreTrainedModel | str, Any]:
 
 def config_overrides(arguments: AssembleArguments) -> dict[str, Any]:
     """The options that are fields of `NoteLLM2Config`."""
-    names = ("num_query_tokens", "micl", "early_fusion", "late_fusion")
+    names = ("num_query_tokens", "micl", "early_fusion", "late_fusion", "readout", "text_attention")
     halves = {"vision_encoder": arguments.vision, "language_model": arguments.text}
     origins = {part: ORIGINS.get(source, source) for part, source in halves.items() if not Path(source).exists()}
     return {name: getattr(arguments, name) for name in names} | {
@@ -183,7 +222,8 @@ def config_overrides(arguments: AssembleArguments) -> dict[str, Any]:
 def write(arguments: AssembleArguments) -> NoteLLM2Model:
     """Join, and write model, processor, code and options to `--output`, in place of an earlier result."""
     output = Path(arguments.output)
-    with claimed([Output("--output", output)], (arguments.text, arguments.vision)):
+    inputs = (arguments.text, arguments.vision, arguments.items, arguments.train_pairs)
+    with claimed([Output("--output", output)], inputs):
         model, processor = assemble(arguments)
         save(model, processor, arguments)
     return model

@@ -87,6 +87,20 @@ def test_training_learns_saves_and_reports(config, tmp_path, tiny_model_folder, 
     assert model(**processor(["a red thing"], return_tensors="pt")).embeddings.shape == (1, 24)
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_the_read_out_can_be_chosen_anew(config, tmp_path, merge):
+    """It is kept with the weights; in an adapter's folder there is no place for it, so that is refused."""
+    chosen = ["--readout", "mean", "--text_attention", "bidirectional", "--lora_r", "4", "--max_steps", "2"]
+    options = [str(config), *chosen, "--merge_adapter", str(merge), "--output_dir", str(tmp_path / "mean")]
+    if not merge:
+        with pytest.raises(SystemExit):
+            parse(options)
+        return
+    run(*parse(options))
+    model = AutoModel.from_pretrained(tmp_path / "mean" / "model", trust_remote_code=True)
+    assert (model.config.readout, model.config.text_attention) == ("mean", "bidirectional")
+
+
 def test_the_command_says_what_is_wrong_and_where_things_are(config, tmp_path):
     command = [sys.executable, "training/run.py", str(config), "--use_cpu", "--max_steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from modeling_notellm2.inputs_notellm2 import last_position, positions_of
 from modeling_notellm2.prompts_notellm2 import WORDINGS, build_pieces
+from modeling_notellm2.readout_notellm2 import read_tokens
 from training.trainer.adapters import unwrap_adapter
 
 
@@ -76,12 +77,12 @@ def measure_saliency(
             inputs = {name: value.to(base.device) for name, value in collate(items).items()}
             kinds = token_kinds(processor, items, inputs).to(base.device)
             flows = attention_flows(model, inputs)
-            last = last_position(inputs["attention_mask"])
-            totals["multimodal"].add(flows, kinds, torch.arange(len(items), device=base.device), last)
+            item, first = read_tokens(base.config, inputs["input_ids"], inputs["attention_mask"])
+            totals["multimodal"].add(flows, kinds, torch.arange(len(items), device=base.device), item)
             if base.config.micl:
                 slots = positions_of(inputs["input_ids"], base.config.visual_embedding_token_id)
                 shown = slots.any(-1).nonzero().flatten()
-                totals["visual"].add(flows, kinds, shown, slots.int().argmax(-1)[shown] - 1)
+                totals["visual"].add(flows, kinds, shown, first[shown])
     return Saliency(totals["multimodal"].shares(), totals["visual"].shares() if totals["visual"].any() else None)
 
 
@@ -159,13 +160,14 @@ class _Means:
     def any(self) -> bool:
         return self.sums is not None
 
-    def add(self, flows: Sequence[Tensor], kinds: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Flows into one position of each of some rows, from all tokens up to it."""
+    def add(self, flows: Sequence[Tensor], kinds: Tensor, rows: Tensor, read: Tensor) -> None:
+        """Flows into the tokens that are `read` (bool) of each of some rows, from all tokens up to the last of them."""
         if not len(rows):
             return
-        seen = torch.arange(kinds.shape[1], device=kinds.device) <= positions.unsqueeze(-1)
+        seen = torch.arange(kinds.shape[1], device=kinds.device) <= last_position(read).unsqueeze(-1)
         chosen = torch.stack([(kinds[rows] == kind) & seen for kind in range(len(KINDS))])
-        into = torch.stack([flow[rows, positions] for flow in flows]).double()  # (layers, rows, length)
+        weights = read.to(flows[0].dtype)
+        into = torch.stack([torch.einsum("rij,ri->rj", flow[rows], weights) for flow in flows]).double()
         sums = torch.einsum("lrj,krj->lk", into, chosen.double()).cpu()
         self.sums = sums if self.sums is None else self.sums + sums
         self.counts += chosen.sum((1, 2)).cpu()

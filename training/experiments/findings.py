@@ -52,7 +52,7 @@ class FindingsConfig:
         results: JSON lines file, one line for each finished run.
         sets: name to a folder with items.parquet, train_pairs.parquet, test_pairs.parquet.
         variants: name to fields of NoteLLM2Config (early_fusion, micl, ...), `images: false` to leave all pictures out,
-            and `options` of training/run.py that differ.
+            `base` for another one than that of all, and `options` of training/run.py that differ.
         experiments: what is compared, the most important first.
         training: options of training/run.py, the same for all.
     """
@@ -130,7 +130,8 @@ def _runs_of(config: FindingsConfig, experiment: Experiment, seed: int) -> Itera
     for data in experiment.sets:
         for variant in experiment.variants:
             settings = config.variants.get(variant, {})
-            inputs = [(folder, contents_of(folder)) for folder in (config.sets[data], config.base)]
+            folders = (config.sets[data], settings.get("base", config.base))
+            inputs = [(folder, contents_of(folder)) for folder in folders]
             what = [variant, settings, experiment.items, seed, config.training, inputs]
             key = blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
             yield Run(experiment.name, data, variant, seed, experiment.items, settings, key)

@@ -87,7 +87,7 @@ def measure_run(
         training: options of training/run.py.
     """
     settings = dict(settings)
-    images = settings.pop("images", True)
+    base, images = settings.pop("base", base), settings.pop("images", True)
     with tempfile.TemporaryDirectory(prefix="findings-") as scratch:
         options = {**training, "output_dir": scratch, "seed": seed, **settings.pop("options", {})}
         model, tables, arguments = options_of(base, write_form(Path(folder), form, images, Path(scratch)), options)

@@ -28,6 +28,8 @@ from training.trainer.arguments import ModelArguments
 LLM = "language_model"
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+READING = ("readout", "text_attention")
+"""Fields of a model's config that a run may choose anew, as no weight goes with them."""
 CHECKPOINTED = "_checkpoint_wrapped_module."
 """What torch puts into names where activations are recomputed."""
 
@@ -49,9 +51,12 @@ def load_trainable(arguments: ModelArguments, compute_dtype: torch.dtype = torch
     options: dict[str, Any] = {"dtype": "auto" if only_read else torch.float32}
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
+    chosen = {name: getattr(arguments, name) for name in READING}
+    options |= {name: value for name, value in chosen.items() if value is not None}
     if arguments.load_in_4bit:
         options["quantization_config"] = quantization(compute_dtype)
     model = _load(arguments, adapted, options)
+    unwrap_adapter(model).try_attention()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -152,10 +157,14 @@ def save_gathered(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> N
     plain.save_pretrained(folder, state_dict=state)
 
 
-def save_merged(adapter: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write a plain model with a saved adapter's LoRA merged in, on the CPU."""
+def save_merged(adapter: Path, folder: Path, dtype: torch.dtype, **reading: str) -> None:
+    """Write a plain model with a saved adapter's LoRA merged in, on the CPU.
+
+    Args:
+        reading: the fields of `READING` as the adapter was trained.
+    """
     config = LoraConfig.from_pretrained(str(adapter))
-    base = AutoModel.from_pretrained(config.base_model_name_or_path, trust_remote_code=True, dtype=dtype)
+    base = AutoModel.from_pretrained(config.base_model_name_or_path, trust_remote_code=True, dtype=dtype, **reading)
     PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(folder)
 
 

@@ -66,6 +66,22 @@ class ModelArguments:
 
     model: str = field(metadata={"help": "Folder or Hub id of a NoteLLM-2 model with its processor."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2."})
+    readout: str | None = field(
+        default=None,
+        metadata={
+            "help": "What becomes an item's embedding: last, the last token's state (published), or mean over its tokens; "
+            "none: as the model has it.",
+            "choices": ["last", "mean"],
+        },
+    )
+    text_attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which tokens of an item see which: causal, those before (published), or bidirectional, all (LLM2Vec); "
+            "none: as the model has it.",
+            "choices": ["causal", "bidirectional"],
+        },
+    )
     lora_r: Annotated[int, Bounds(0, 65_536)] = field(
         default=0, metadata={"help": "Rank of LoRA on the LLM; 0 trains the LLM in full."}
     )
@@ -89,6 +105,11 @@ class ModelArguments:
         check_bounds(self)
         if not self.lora_r and (self.use_dora or self.load_in_4bit or self.merge_adapter):
             raise ValueError("use_dora, load_in_4bit and merge_adapter need LoRA: set lora_r above 0.")
+        if self.lora_r and not self.merge_adapter and (self.readout or self.text_attention):
+            raise ValueError(
+                "readout and text_attention are kept in the base model's config, which an adapter alone doesn't change: set "
+                "merge_adapter, or assemble the base model with them (hub/assemble.py --readout ...)."
+            )
         if self.load_in_4bit and self.merge_adapter:
             raise ValueError(
                 "merge_adapter can't merge into 4-bit weights: save the adapter, load it on the full base model, and "

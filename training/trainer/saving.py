@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list
 from training.reporting.evaluation_plots import EVALUATION
 from training.reporting.run_plots import RUN_PLOTS
 from training.tables.commands.files import atomic_write, remove_files
-from training.trainer.adapters import save_merged, unwrap_adapter
+from training.trainer.adapters import READING, save_merged, unwrap_adapter
 from training.trainer.trainer import NoteLLM2Trainer
 
 
@@ -27,7 +27,9 @@ def save_model(trainer: NoteLLM2Trainer, folder: Path, merge: bool) -> None:
         saved = place.with_name("adapter") if merge else place
         trainer.save_model(str(saved))  # gathers weights that are spread over processes; saves the processor too
         if merge and first:
-            save_merged(saved, place, unwrap_adapter(trainer.model).dtype)
+            base = unwrap_adapter(trainer.model)
+            reading = {name: getattr(base.config, name) for name in READING if hasattr(base.config, name)}
+            save_merged(saved, place, base.dtype, **reading)
             trainer.processing_class.save_pretrained(place)
         if first:
             (place / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths

@@ -1,12 +1,13 @@
 """Encodes a whole catalogue: an item table in, a folder of Parquet shards with embeddings out.
 
-    python hub/encode.py --model PATH --items ITEMS --output DIR
+    python hub/encode.py --model PATH --items ITEMS --output DIR [--update]
 
-DIR gets shard-*.parquet (`item_id`, `embedding`; with --visual `visual_embedding` and `has_image`), manifest.json and
-rejects.parquet (rows left out: `item_id`, `file`, `row`, `reason`). Killed at any moment and started again with the same
-options, the job goes on with the first missing shard; on one kind of machine with one number of threads
-(OMP_NUM_THREADS) the shards come out the same, byte for byte. With --engine ray it runs on the machines of a Ray cluster,
-which must all see ITEMS and PATH.
+With --update, DIR may hold an earlier version of the catalogue: only new and changed items are encoded.
+DIR gets shard-*.parquet (`item_id`, `embedding`, `content_hash`; with --visual `visual_embedding` and `has_image`),
+manifest.json and rejects.parquet (rows left out: `item_id`, `file`, `row`, `reason`). Killed at any moment and started
+again with the same options, the job goes on with the first missing shard; on one kind of machine with one number of
+threads (OMP_NUM_THREADS) the shards come out the same, byte for byte. With --engine ray it runs on the machines of a Ray
+cluster, which must all see ITEMS, PATH and DIR.
 
 Exit code: 0 all rows encoded; 3 finished, with rows in rejects.parquet; 1 failed; 2 wrong options.
 """
@@ -30,6 +31,10 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
         f"{output}: {counts['items']:,} items, {manifest['width']} dimensions as {settings['embedding_type']}, "
         f"shards: {len(manifest['shards'])}"
     ]
+    if counts["copied"]:
+        lines.append(
+            f"{counts['copied']:,} unchanged items kept their vectors, {counts['items'] - counts['copied']:,} were encoded"
+        )
     if counts["rejects"]:
         lines.append(f"{counts['rejects']:,} of {counts['rows']:,} rows left out, see {output / REJECTS}; the first:")
         lines += [

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from hub.catalogue.earlier import EMBEDDING, VISUAL_EMBEDDING
 from hub.catalogue.shards import MANIFEST, ShardError, read_manifest
 from training.tables.commands.files import atomic_write
 from training.tables.commands.hashes import file_sha256
@@ -23,7 +24,6 @@ from training.tables.commands.outputs import Output, check_strangers
 from training.tables.items import ItemTable
 
 
-EMBEDDING, VISUAL_EMBEDDING = "embedding", "visual_embedding"
 READ_ROWS = 65536
 
 
@@ -103,6 +103,8 @@ class Catalogue:
                 for batch in self._read(self.folder / name, column):
                     yield Batch(batch.item_ids, batch.vectors, titles.of(batch.item_ids) if titles else None)
                 bar.update(self.manifest["shards"][name]["items"])
+        if read_manifest(self.folder) != self.manifest:
+            raise ShardError(f"{self.folder} was replaced by a new version while it was read; start again.")
 
     def _read(self, path: Path, column: str) -> Iterator[Batch]:
         with pq.ParquetFile(path) as file:

@@ -15,6 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoProcessor
 
+from hub.catalogue.earlier import Earlier, Known, content_hash
 from modeling_notellm2 import ItemError
 from modeling_notellm2.images_notellm2 import image_sources, load_image
 from modeling_notellm2.pixels_notellm2 import join_pictures
@@ -37,17 +38,28 @@ class Place:
 
 
 @dataclass(frozen=True)
+class CopiedItem:
+    """An item that holds what it held in an earlier version: its place, the hash of that, and what was known."""
+
+    place: Place
+    content: bytes
+    known: Known
+
+
+@dataclass(frozen=True)
 class PreparedBlock:
     """Usable items of a block of rows, ready for the model, in the order in which they are batched.
 
     Attributes:
         number: of the block in the table.
         places: n items, in batch order.
-        order: position of each of them among the items in table order.
+        order: position of each of them among the items in table order, copied ones counted.
         input_ids: token ids of each, unpadded.
         num_images: of each.
         pictures: what the model takes of the pictures of each batch, in their order; empty for a batch without any.
         rejects: rows left out so far.
+        contents: hash of what each holds; None where that can't be told.
+        copied: items whose vectors are known from an earlier version, by their position among the items in table order.
     """
 
     number: int
@@ -57,6 +69,8 @@ class PreparedBlock:
     num_images: list[int]
     pictures: list[dict[str, torch.Tensor]]
     rejects: list[Reject]
+    contents: list[bytes | None]
+    copied: dict[int, CopiedItem]
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,8 @@ class EncodedBlock:
         visual_embeddings: `(n, d)` float32, zeros where there is no image; None if not asked for.
         has_image: `(n,)` bool.
         rejects: rows left out.
+        contents: n hashes of what the items hold.
+        copied: how many of them were taken from an earlier version.
     """
 
     number: int
@@ -78,6 +94,8 @@ class EncodedBlock:
     visual_embeddings: np.ndarray | None
     has_image: np.ndarray
     rejects: list[Reject]
+    contents: list[bytes | None]
+    copied: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,11 @@ class ItemEncoder:
         return torch.compile(model, dynamic=True) if self.compile else model
 
     def prepare(
-        self, number: int, items: Iterable[tuple[Place, Item]], known_rejects: Sequence[Reject] = ()
+        self,
+        number: int,
+        items: Iterable[tuple[Place, Item]],
+        known_rejects: Sequence[Reject] = (),
+        earlier: Earlier | None = None,
     ) -> PreparedBlock:
         """Texts to token ids, pictures to pixels, and similar items side by side so that batches have little padding.
 
@@ -125,17 +147,28 @@ class ItemEncoder:
             number: of the block in the table.
             items: usable items, in table order.
             known_rejects: rows among them that were left out before.
+            earlier: version of the catalogue from which vectors of unchanged items are taken.
         """
-        places, prepared = [], []
+        places, prepared, contents = [], [], []
+        positions: list[int] = []
+        copied: dict[int, CopiedItem] = {}
         new_rejects: list[Reject] = []
         for place, item in items:
+            content = content_hash(item)
+            known = earlier.find(place.item_id, content) if earlier and content else None
+            if content and known:
+                copied[len(positions) + len(copied)] = CopiedItem(place, content, known)
+                continue
             try:
                 opened, faults = _with_open_pictures(item)
                 new_rejects += map(place.rejected, faults)
                 prepared.append(self.processor(opened, padding=False))
-                places.append(place)
             except Exception as error:  # whatever it is, it is listed
                 new_rejects.append(place.rejected(_reason(error)))
+                continue
+            positions.append(len(positions) + len(copied))
+            places.append(place)
+            contents.append(None if faults else content)  # the next version lists its faults again
         rejects = (
             sorted([*known_rejects, *new_rejects], key=lambda reject: reject.row)
             if new_rejects
@@ -147,37 +180,55 @@ class ItemEncoder:
         return PreparedBlock(
             number,
             [places[at] for at in order],
-            order,
+            [positions[at] for at in order],
             [prepared[at]["input_ids"][0] for at in order],
             [prepared[at]["num_images"][0] for at in order],
             [_pictures_of([prepared[at] for at in batch]) for batch in batches],
             rejects,
+            [contents[at] for at in order],
+            copied,
         )
 
     def embed(self, block: PreparedBlock) -> EncodedBlock:
-        """Runs the model over the block's batches and puts the items back in table order."""
-        embeddings, visual = (np.zeros((len(block.places), self.width), np.float32) for _ in range(2))
+        """Runs the model over the block's batches and puts all items back in table order."""
+        count = len(block.places) + len(block.copied)
+        embeddings, visual = (np.zeros((count, self._width_of(block)), np.float32) for _ in range(2))
         first = 0
         for batch in self._batches(block):
             places_now = block.order[first : first + len(batch["input_ids"])]
             embeddings[places_now], visual[places_now] = self._embed_batch(batch)
             first += len(places_now)
-        back = np.argsort(block.order)
+        for at, item in block.copied.items():
+            embeddings[at] = item.known.embedding
+            if item.known.visual_embedding is not None:
+                visual[at] = item.known.visual_embedding
         finite = np.isfinite(np.concatenate([embeddings, visual], axis=1)).all(axis=1).reshape(-1)
-        places = [block.places[at] for at in back]
+        fresh = zip(block.places, block.contents, np.array(block.num_images) > 0, strict=True)
+        of_position = dict(zip(block.order, fresh, strict=True))
+        of_position |= {at: (item.place, item.content, item.known.has_image) for at, item in block.copied.items()}
+        in_order = [of_position[at] for at in range(count)]
+        usable = [entry for entry, is_finite in zip(in_order, finite, strict=True) if is_finite]
         lost = [
             place.rejected(f"the model's embedding is not finite in {self.dtype}")
-            for place, is_finite in zip(places, finite, strict=True)
+            for (place, _, _), is_finite in zip(in_order, finite, strict=True)
             if not is_finite
         ]
         return EncodedBlock(
             block.number,
-            [place.item_id for place, is_finite in zip(places, finite, strict=True) if is_finite],
+            [place.item_id for place, _, _ in usable],
             embeddings[finite],
             visual[finite] if self.visual else None,
-            np.array(block.num_images, dtype=np.int64)[back][finite] > 0,
+            np.array([has_image for _, _, has_image in usable], dtype=bool),
             [*block.rejects, *lost],
+            [content for _, content, _ in usable],
+            len(block.copied),
         )
+
+    def _width_of(self, block: PreparedBlock) -> int:
+        """Of the embeddings; the model is not loaded for a block that is copied as a whole."""
+        if block.places or not block.copied:
+            return self.width
+        return len(next(iter(block.copied.values())).known.embedding)
 
     @property
     def width(self) -> int:
@@ -220,17 +271,19 @@ class Rows:
     Attributes:
         items: the usable rows.
         rejects: the others.
+        earlier: version from which vectors of unchanged items are taken.
     """
 
     items: ItemTable
     rejects: Rejects
+    earlier: Earlier | None = None
 
     def __len__(self) -> int:
         return len(self.items.table)
 
     def prepare(self, encoder: ItemEncoder, number: int, rows: tuple[int, int]) -> PreparedBlock:
         """A block of rows, ready for the model."""
-        return encoder.prepare(number, items_between(self.items, *rows), self.rejects.between(*rows))
+        return encoder.prepare(number, items_between(self.items, *rows), self.rejects.between(*rows), self.earlier)
 
 
 def _with_open_pictures(item: Item) -> tuple[Item, list[str]]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from hub.catalogue.encoder import EncodedBlock, ItemEncoder, Rows
 from hub.catalogue.engines import encode_here
 from hub.catalogue.shards import ARROW_TYPES, Plan, ShardWriter, close_job, open_job, read_rejects
+from hub.catalogue.versions import Version, version_to_write
 from modeling_notellm2 import Precision, choose_precision
 from training.tables.commands.bounds import AtLeastOne, Bounds, Processes, check_bounds
 from training.tables.commands.hashes import file_sha256
@@ -43,6 +44,13 @@ class EncodeArguments:
         }
     )
     output: str = field(metadata={"help": "Folder to write, or one that an earlier start of the same job left."})
+    update: bool = field(
+        default=False,
+        metadata={
+            "help": "Where --output holds an earlier version of the catalogue, encode only new and changed items; the "
+            "new version takes its place as a whole."
+        },
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model of the Hub."})
     split: str | None = split_option()
     encoding: str | None = encoding_option()
@@ -124,18 +132,36 @@ def encode(arguments: EncodeArguments) -> dict[str, Any]:
     )
     plan = Plan(len(rows), arguments.rows_per_block, arguments.rows_per_shard)
     job = describe_job(arguments, model_folder, rows.items.table)
-    output = Path(arguments.output)
-    with open_job(output, job, plan) as done:
-        writer = ShardWriter(output, plan, arguments.embedding_type, done)
+    with version_to_write(Path(arguments.output), job, arguments.update) as version:
+        return write_version(version, encoder, rows, plan, job, arguments, precision)
+
+
+def write_version(
+    version: Version,
+    encoder: ItemEncoder,
+    rows: Rows,
+    plan: Plan,
+    job: dict[str, Any],
+    arguments: EncodeArguments,
+    precision: Precision,
+) -> dict[str, Any]:
+    """Writes the shards that are missing and closes the job; returns the manifest.
+
+    Raises:
+        ValueError: when no row could be encoded.
+    """
+    rows = replace(rows, earlier=version.earlier)
+    with open_job(version.folder, version.started_as(job), plan) as done:
+        writer = ShardWriter(version.folder, plan, arguments.embedding_type, done)
         rows_done = sum(plan.rows_of(shard) for shard in done)
         with tqdm(total=plan.rows, initial=rows_done, desc="Encoding", unit="item", smoothing=0.05) as bar:
             for block in run_engine(encoder, rows, plan, writer.pending_blocks(), arguments):
                 writer.add(block)
                 first, behind = plan.block_range(block.number)
                 bar.update(behind - first)
-        manifest = close_job(output, job, plan, rows.items.table.empty_lines(), _made_with(precision))
+        manifest = close_job(version.folder, job, plan, rows.items.table.empty_lines(), _made_with(precision))
     if not manifest["counts"]["items"]:
-        rejects = read_rejects(output, 1)
+        rejects = read_rejects(version.folder, 1)
         first_reason = f"; the first: {rejects[0].reason}" if rejects else ""
         raise ValueError(f"{arguments.items}: none of {plan.rows} rows could be encoded{first_reason}.")
     return manifest

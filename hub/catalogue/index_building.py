@@ -9,7 +9,8 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from hub.catalogue.catalogue import EMBEDDING, VISUAL_EMBEDDING, Catalogue, new_folder
+from hub.catalogue.catalogue import Catalogue, new_folder
+from hub.catalogue.earlier import EMBEDDING, VISUAL_EMBEDDING
 from hub.catalogue.index import IDS_FILE, INDEX_FILE, RECORD, hashes_of
 from training.tables.commands.files import write_json
 from training.tables.commands.outputs import Output, claimed

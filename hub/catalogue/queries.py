@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hub.catalogue.catalogue import VISUAL_EMBEDDING
+from hub.catalogue.earlier import VISUAL_EMBEDDING
 from hub.catalogue.encoder import ItemEncoder, Place
 from hub.catalogue.encoding import describe_model, find_model, model_changes
 from hub.catalogue.index import Index

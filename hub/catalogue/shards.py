@@ -132,11 +132,11 @@ def open_job(folder: Path, job: Mapping[str, Any], plan: Plan) -> Iterator[set[i
                 raise ShardError(f"{folder} is no folder of this command: it has {', '.join(strangers[:5])}.")
             write_json({"complete": False, "job": job}, folder / MANIFEST)
         else:
-            differences = _differences(manifest["job"], job)
-            if differences:
+            changed = differences(manifest["job"], job)
+            if changed:
                 raise ShardError(
                     f"{folder} holds another job; choose another --output, or start that one again. "
-                    f"What differs: {'; '.join(differences)}."
+                    f"What differs: {'; '.join(changed)}."
                 )
         checksums = {name: shard["sha256"] for name, shard in (manifest or {}).get("shards", {}).items()}
         yield {shard for shard in range(plan.shards) if _is_good(folder / shard_name(shard), checksums)}
@@ -173,15 +173,17 @@ def close_job(
                 "items": items,
                 "rejects": len(rejects),
                 "width": int(metadata[b"width"]),
+                "copied": int(metadata.get(b"copied", 0)),
                 "sha256": file_sha256(path),
             }
     counts = {what: sum(shard[what] for shard in shards.values()) for what in ("items", "rejects")}
+    copied = sum(shard.pop("copied") for shard in shards.values())
     manifest = {
         "complete": True,
         "job": job,
         "width": max((shard.pop("width") for shard in shards.values()), default=0),
         "scale": INT8_SCALE if job["settings"]["embedding_type"] == "int8" else 1,
-        "counts": {"rows": plan.rows, **counts, "empty_lines": empty_lines},
+        "counts": {"rows": plan.rows, **counts, "copied": copied, "empty_lines": empty_lines},
         "made_with": made_with,
         "shards": shards,
     }
@@ -219,17 +221,23 @@ def _shard_table(blocks: list[EncodedBlock], embedding_type: str) -> pa.Table:
         "item_id": pa.array([item_id for block in blocks for item_id in block.item_ids], pa.string()),
         "embedding": embeddings_array(embeddings, embedding_type),
     }
+    contents = [content for block in blocks for content in block.contents]
     visual = [block.visual_embeddings for block in blocks if block.visual_embeddings is not None]
     if visual:
         columns["visual_embedding"] = embeddings_array(np.concatenate(visual), embedding_type)
         columns["has_image"] = pa.array(np.concatenate([block.has_image for block in blocks]))
+    columns["content_hash"] = pa.array(contents, pa.binary(16))
     rejects = [
         {"item_id": "".join(reject.ids), "file": reject.file, "row": reject.row, "reason": reject.reason}
         for block in blocks
         for reject in block.rejects
     ]
     return pa.table(columns).replace_schema_metadata(
-        {"width": str(embeddings.shape[1]), "rejects": json.dumps(rejects)}
+        {
+            "width": str(embeddings.shape[1]),
+            "rejects": json.dumps(rejects),
+            "copied": str(sum(block.copied for block in blocks)),
+        }
     )
 
 
@@ -238,16 +246,16 @@ def _is_good(path: Path, checksums: Mapping[str, str]) -> bool:
     return path.is_file() and checksums.get(path.name) in (None, file_sha256(path))
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Entries of two nested dicts that are not equal; where model and table were found does not matter."""
-    differences = []
+    changed = []
     for key in sorted({*old, *new} - {"source", "revision"}):
         before, now = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
-            differences += _differences(before, now, f"{prefix}{key}.")
+            changed += differences(before, now, f"{prefix}{key}.")
         elif before != now:
-            differences.append(f"{prefix}{key} was {_short(before)}, now {_short(now)}")
-    return differences
+            changed.append(f"{prefix}{key} was {_short(before)}, now {_short(now)}")
+    return changed
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hub.catalogue.catalogue import VISUAL_EMBEDDING
+from hub.catalogue.earlier import VISUAL_EMBEDDING
 from hub.catalogue.index import Index, Queries
 from hub.serving import answers
 from hub.serving.batching import Batcher, Embedded

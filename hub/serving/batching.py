@@ -208,6 +208,8 @@ def joined(blocks: Sequence[PreparedBlock]) -> PreparedBlock:
         [block.num_images[0] for block in blocks],
         [join_pictures(pictures) if pictures else {}],
         [],
+        [None] * len(blocks),
+        {},
     )
 
 
@@ -220,7 +222,8 @@ def separated(block: EncodedBlock, count: int) -> list[EncodedBlock]:
         visual = None if block.visual_embeddings is None else block.visual_embeddings[here]
         rejects = [reject for reject in block.rejects if reject.row == number]
         ids = [str(number)] * len(here)
-        blocks.append(EncodedBlock(0, ids, block.embeddings[here], visual, block.has_image[here], rejects))
+        contents: list[bytes | None] = [None] * len(here)
+        blocks.append(EncodedBlock(0, ids, block.embeddings[here], visual, block.has_image[here], rejects, contents, 0))
     return blocks
 
 

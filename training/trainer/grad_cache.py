@@ -230,7 +230,8 @@ class _Randomness:
         on_device = {parameter.device: parameter for parameter in model.parameters()}
         self.cpu = torch.get_rng_state()
         self.devices, self.states = get_device_states(*on_device.values())
-        self.device_type = next((device.type for device in on_device if device.type != "cpu"), None)
+        # Of no device, where all is on the CPU; but torch 2.6 wants a name.
+        self.device_type = next((device.type for device in on_device if device.type != "cpu"), "cuda")
 
     @contextmanager
     def replayed(self) -> Iterator[None]:

@@ -67,7 +67,7 @@ def test_shards_hold_the_models_embeddings_in_table_order(items, encoded, expect
 
 def test_manifest_says_what_was_done(items, encoded, tiny_model_folder):
     manifest = json.loads((encoded / MANIFEST).read_text())
-    assert manifest["counts"] == {"rows": 70, "items": 70, "rejects": 0, "empty_lines": 0}
+    assert manifest["counts"] == {"rows": 70, "items": 70, "rejects": 0, "copied": 0, "empty_lines": 0}
     assert [shard["items"] for shard in manifest["shards"].values()] == [16, 16, 16, 16, 6]
     assert manifest["job"]["settings"]["visual"] is True
     assert "model.safetensors" in manifest["job"]["model"]["files"]
@@ -162,6 +162,7 @@ def test_bad_rows_are_listed_and_their_neighbours_unharmed(messy, messy_encoded,
         "rows": 41,
         "items": 29,
         "rejects": 12,
+        "copied": 0,
         "empty_lines": 1,
     }
 

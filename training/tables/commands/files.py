@@ -70,6 +70,15 @@ def atomic_writes(*paths: str | Path) -> Iterator[list[Path]]:
             _sync_entry(folder)
 
 
+def take_place(folder: Path, target: Path) -> None:
+    """Let a finished folder take the place of an older one beside it, which goes, as `atomic_write` does."""
+    with _partial_folder(target) as partial:
+        _sync(folder)
+        _put(folder, target, partial)
+        _sync_entry(target.parent)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def scratch_folder(place: Path, name: str) -> Iterator[Path]:
     """Give a folder in `place` for what is needed until the block ends; a killed process' one goes with the next write there.

@@ -1,0 +1,144 @@
+"""What an earlier version of a catalogue knows: the vector of each item, for those that still hold what they held then.
+
+An item is the same when what the model reads of it is: its texts and the bytes of its pictures, wherever they lie. That is
+`content_hash`, which stands beside each vector in the shards.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from modeling_notellm2 import ItemError
+from modeling_notellm2.images_notellm2 import check_regular_file, image_sources
+from training.tables.items import Item
+
+
+EMBEDDING, VISUAL_EMBEDDING, CONTENT_HASH = "embedding", "visual_embedding", "content_hash"
+"""Columns of a shard."""
+READ_FIELDS = ("title", "topics", "content")
+READ_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Known:
+    """What an earlier version has of an item: `embedding` `(d,)` float32, `visual_embedding` the same or None, `has_image`."""
+
+    embedding: np.ndarray
+    visual_embedding: np.ndarray | None
+    has_image: bool
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier version, made by `open`. It is small enough to be sent to workers: 16 bytes for each item.
+
+    Attributes:
+        folder: of its shards.
+        shards: their names and SHA-256.
+        starts: first row of each, and the number of all rows.
+        keys: of all rows, sorted uint64.
+        rows: the row of each key.
+        scale: what stored numbers are divided by.
+    """
+
+    folder: Path
+    shards: list[tuple[str, str]]
+    starts: list[int]
+    keys: np.ndarray
+    rows: np.ndarray
+    scale: int
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Mapping[str, Any]) -> "Earlier | None":
+        """Reads the ids and contents of a whole catalogue; None for one of an older program, which wrote no contents."""
+        names, starts, keys = sorted(manifest["shards"]), [0], []
+        for name in names:
+            with pq.ParquetFile(folder / name) as file:
+                if CONTENT_HASH not in file.schema_arrow.names:
+                    return None
+                columns = file.read(["item_id", CONTENT_HASH]).to_pydict()
+            pairs = zip(columns["item_id"], columns[CONTENT_HASH], strict=True)
+            keys.append(np.fromiter((_key(item_id, content or b"") for item_id, content in pairs), np.uint64))
+            starts.append(starts[-1] + len(keys[-1]))
+        all_keys = np.concatenate(keys) if keys else np.empty(0, np.uint64)
+        order = np.argsort(all_keys)
+        shards = [(name, manifest["shards"][name]["sha256"]) for name in names]
+        return cls(folder, shards, starts, all_keys[order], order, manifest["scale"])
+
+    def find(self, item_id: str, content: bytes) -> Known | None:
+        """The vectors of an item, if it was there with this very content."""
+        key = np.uint64(_key(item_id, content))
+        first = int(np.searchsorted(self.keys, key))
+        if first == len(self.keys) or self.keys[first] != key:
+            return None
+        row = int(self.rows[first])
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        name, sha256 = self.shards[shard]
+        table, at = _shard(self.folder / name, sha256), row - self.starts[shard]
+        if table["item_id"][at].as_py() != item_id or table[CONTENT_HASH][at].as_py() != content:
+            return None
+        with_visual = VISUAL_EMBEDDING in table.column_names
+        return Known(
+            self._vector(table, EMBEDDING, at),
+            self._vector(table, VISUAL_EMBEDDING, at) if with_visual else None,
+            with_visual and table["has_image"][at].as_py(),
+        )
+
+    def _vector(self, table: pa.Table, column: str, row: int) -> np.ndarray:
+        stored = table[column].chunk(0)
+        width = stored.type.list_size
+        values = stored.values.slice(row * width, width).to_numpy(zero_copy_only=False)
+        return values.astype(np.float32) / np.float32(self.scale)
+
+
+def content_hash(item: Item) -> bytes | None:
+    """XXH3 of 128 bits of what the model reads of an item, without its id.
+
+    None when a picture can't be read, or is no path and no bytes, as tables have them.
+    """
+    texts = json.dumps([item.get(name) for name in READ_FIELDS])  # in ASCII, whatever they are
+    digest = xxhash.xxh3_128(texts.encode())
+    sources = image_sources(item.get("image"))
+    if not all(isinstance(source, (bytes, str)) for source in sources):
+        return None
+    try:
+        for source in sources:
+            digest.update(_picture_hash(source))
+    except (OSError, ItemError):  # the encoder meets it again, and says where
+        return None
+    return digest.digest()
+
+
+def _picture_hash(source: bytes | str) -> bytes:
+    if isinstance(source, bytes):
+        return xxhash.xxh3_128_digest(source)
+    check_regular_file(source)
+    digest = xxhash.xxh3_128()
+    with Path(source).open("rb") as stream:
+        while part := stream.read(READ_BYTES):
+            digest.update(part)
+    return digest.digest()
+
+
+def _key(item_id: str, content: bytes) -> int:
+    """64 bits, of which two items may have the same; `find` looks whether the item is the one."""
+    return xxhash.xxh3_64_intdigest(content + item_id.encode())
+
+
+@lru_cache(maxsize=4)
+def _shard(path: Path, sha256: str) -> pa.Table:
+    """The columns of a shard, each in one piece. An update goes through the earlier version about in its order.
+
+    Args:
+        sha256: of the file, as another version may stand at its path later on.
+    """
+    with pq.ParquetFile(path) as file:
+        return file.read().combine_chunks()

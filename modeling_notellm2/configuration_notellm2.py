@@ -42,6 +42,10 @@ class NoteLLM2Config(PreTrainedConfig):
         text_attention (`str`, defaults to `"causal"`):
             Which tokens of an item see which: "causal", those before (published); "bidirectional", all (LLM2Vec, arXiv
             2404.05961), but none before <IMG_EMB> sees behind it. Needs an LLM that takes a mask of its own.
+        standardize_states (`bool`, defaults to `False`):
+            Whether the LLM's states are centred and scaled, each direction by itself, before late fusion and reduction. Nearly
+            all of a state is alike in all items; what tells them apart counts from the first step then. Training measures
+            mean and deviation on its items before the first step, and goes on from there.
         embedding_dim (`int` or `None`, defaults to 64):
             Width of the embeddings. `None`: the LLM's hidden states are not reduced.
         logit_scale_init (`float`, defaults to 3.0):
@@ -105,6 +109,7 @@ class NoteLLM2Config(PreTrainedConfig):
     micl: bool = True
     readout: Literal["last", "mean"] = "last"
     text_attention: Literal["causal", "bidirectional"] = "causal"
+    standardize_states: bool = False
     embedding_dim: int | None = 64
     logit_scale_init: float = 3.0
     visual_loss_weight: float = 1.0

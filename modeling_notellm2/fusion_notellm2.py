@@ -19,6 +19,31 @@ class NoteLLM2Projector(nn.Module):
         return self.linear_2(self.act(self.linear_1(hidden_states)))
 
 
+class NoteLLM2Standardization(nn.Module):
+    """Centres and scales states `(n, width)`, each direction by itself; as they are until `fit` has measured them."""
+
+    def __init__(self, config: NoteLLM2Config):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(config.text_width))
+        self.scale = nn.Parameter(torch.ones(config.text_width))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return (hidden.to(self.mean.device, self.mean.dtype) - self.mean) * self.scale
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it has been fitted or trained."""
+        return bool(self.mean.any()) or not bool(torch.eq(self.scale, 1).all())
+
+    @torch.no_grad()
+    def fit(self, hidden: torch.Tensor) -> None:
+        """Takes mean and deviation from states of items, `(n, width)`; a direction that doesn't vary is only centred."""
+        hidden = hidden.float()
+        deviation = hidden.std(0)
+        self.mean.copy_(hidden.mean(0))
+        self.scale.copy_(torch.where(deviation > 0, deviation, 1).reciprocal())
+
+
 class NoteLLM2LateFusion(nn.Module):
     """Gates the vision encoder's summary feature into an embedding (paper, section 3.4).
 
@@ -47,4 +72,4 @@ def mean_of_images(pooled: torch.Tensor, num_images: torch.Tensor) -> torch.Tens
     return total / num_images.clamp(min=1).unsqueeze(-1).to(pooled.dtype)
 
 
-__all__ = ["NoteLLM2LateFusion", "NoteLLM2Projector", "mean_of_images"]
+__all__ = ["NoteLLM2LateFusion", "NoteLLM2Projector", "NoteLLM2Standardization", "mean_of_images"]

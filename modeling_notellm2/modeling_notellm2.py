@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .backbones_notellm2 import ItemTokens, fit_token_embeddings, item_tokens, language_stack, tokenizer_of
 from .configuration_notellm2 import NoteLLM2Config
-from .fusion_notellm2 import NoteLLM2LateFusion, NoteLLM2Projector, mean_of_images
+from .fusion_notellm2 import NoteLLM2LateFusion, NoteLLM2Projector, NoteLLM2Standardization, mean_of_images
 from .inputs_notellm2 import check_lengths, check_padding, count_images, positions_of
 from .joining_notellm2 import connector_between, join_dtypes, load_halves, load_native
 from .language_notellm2 import (
@@ -68,6 +68,9 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, NoteLLM2Standardization):
+            init.zeros_(module.mean)
+            init.ones_(module.scale)
         elif isinstance(module, NoteLLM2Model):
             init.constant_(module.logit_scale, module.config.logit_scale_init)
             if module.query_tokens is not None:
@@ -115,6 +118,10 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
             self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
             self.projector = NoteLLM2Projector(config, embedding_width(self.language_model))
+        # The two embeddings are read from states of their own.
+        self.standardization = NoteLLM2Standardization(config) if config.standardize_states else None
+        both = config.standardize_states and config.micl
+        self.visual_standardization = NoteLLM2Standardization(config) if both else None
         self.late_fusion = NoteLLM2LateFusion(config) if config.late_fusion else None
         self.reduction = (
             nn.Linear(config.text_width, config.embedding_dim, bias=False) if config.embedding_dim else None
@@ -355,9 +362,13 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         outputs = self._read(input_ids, attention_mask, features, total, **kwargs)
         summary = None if features is None else mean_of_images(features.pooler_output, counts)
         states, visual_states = read_states(self.config, outputs.last_hidden_state, input_ids, attention_mask)
+        if self.standardization is not None:
+            states = self.standardization(states)
         embeddings = self._finish(states, summary, has_image)
         visual_embeddings = None
         if visual_states is not None:
+            if self.visual_standardization is not None:
+                visual_states = self.visual_standardization(visual_states)
             visual_embeddings = self._finish(visual_states, summary, has_image)
             visual_embeddings = visual_embeddings.masked_fill(~has_image.to(states.device).unsqueeze(-1), 0)
 

@@ -84,6 +84,12 @@ class AssembleArguments:
         default="causal",
         metadata={"help": "causal (published), or bidirectional over the item (LLM2Vec), where the LLM can."},
     )
+    standardize_states: bool = field(
+        default=False,
+        metadata={
+            "help": "Centre and scale the LLM's states before late fusion and reduction; training measures them."
+        },
+    )
     prompt_language: str = field(default="zh", metadata={"help": "Wording of the prompt: zh (published) or en."})
     max_title_length: NotNegative = field(default=20, metadata={"help": "Characters of the title that are read."})
     max_content_length: NotNegative = field(default=80, metadata={"help": "Characters of the content that are read."})
@@ -204,7 +210,15 @@ def load_vision(source: str) -> tuple[PreTrainedModel | str, Any]:
 
 def config_overrides(arguments: AssembleArguments) -> dict[str, Any]:
     """The options that are fields of `NoteLLM2Config`."""
-    names = ("num_query_tokens", "micl", "early_fusion", "late_fusion", "readout", "text_attention")
+    names = (
+        "num_query_tokens",
+        "micl",
+        "early_fusion",
+        "late_fusion",
+        "readout",
+        "text_attention",
+        "standardize_states",
+    )
     halves = {"vision_encoder": arguments.vision, "language_model": arguments.text}
     origins = {part: ORIGINS.get(source, source) for part, source in halves.items() if not Path(source).exists()}
     return {name: getattr(arguments, name) for name in names} | {

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_notellm2 import NoteLLM2Model
 from training.run import run
+from training.tables.items import load_items
 from training.trainer.arguments import NoteLLM2TrainingArguments, parse
 from training.trainer.trainer import parameter_groups
 
@@ -99,6 +100,28 @@ def test_the_read_out_can_be_chosen_anew(config, tmp_path, merge):
     run(*parse(options))
     model = AutoModel.from_pretrained(tmp_path / "mean" / "model", trust_remote_code=True)
     assert (model.config.readout, model.config.text_attention) == ("mean", "bidirectional")
+
+
+def test_states_are_measured_before_the_first_step(config, tmp_path):
+    """With the adapter merged, mean and deviation are in the saved model; without training they are those of the train items."""
+    options = ["--readout", "mean", "--standardize_states", "true", "--lora_r", "4", "--merge_adapter", "true"]
+    options += ["--max_steps", "1", "--connector_learning_rate", "0", "--learning_rate", "0"]
+    run(*parse([str(config), *options]))
+    folder = tmp_path / "run" / "model"
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    items, _ = load_items(parse([str(config)])[1].items)
+    train = [items[position] for position in items.where("split", "train").tolist()]
+    states = {"": [], "visual_": []}
+    for name, kept in states.items():
+        part = getattr(model, f"{name}standardization")
+        part.register_forward_hook(lambda _, args, output, kept=kept: kept.append(output))
+    with torch.no_grad():
+        shown = model(**processor([item for item in train if item.get("image")], return_tensors="pt")).has_image
+    assert shown.all()
+    for (of_kind,) in states.values():
+        assert of_kind.mean(0).abs().mean() < 0.15  # not all of them stand in pairs
+        assert 0.8 < of_kind.std(0).mean() < 1.2
 
 
 def test_the_command_says_what_is_wrong_and_where_things_are(config, tmp_path):

@@ -22,14 +22,12 @@ from transformers import AutoModel, BitsAndBytesConfig
 from modeling_notellm2 import NoteLLM2Model
 from training.tables.commands.files import atomic_write
 from training.tables.commands.model_folder import loading
-from training.trainer.arguments import ModelArguments
+from training.trainer.arguments import READING, ModelArguments
 
 
 LLM = "language_model"
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-READING = ("readout", "text_attention")
-"""Fields of a model's config that a run may choose anew, as no weight goes with them."""
 CHECKPOINTED = "_checkpoint_wrapped_module."
 """What torch puts into names where activations are recomputed."""
 
@@ -157,7 +155,7 @@ def save_gathered(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> N
     plain.save_pretrained(folder, state_dict=state)
 
 
-def save_merged(adapter: Path, folder: Path, dtype: torch.dtype, **reading: str) -> None:
+def save_merged(adapter: Path, folder: Path, dtype: torch.dtype, **reading: Any) -> None:
     """Write a plain model with a saved adapter's LoRA merged in, on the CPU.
 
     Args:

@@ -58,6 +58,8 @@ OF_TRAINER = {
 }
 """Bounds of Trainer's own numbers, of which it checks hardly any."""
 Share = Annotated[float, Bounds(0, 1)]
+READING = ("readout", "text_attention", "standardize_states")
+"""Fields of a model's config that a run may choose anew, as no pretrained weight goes with them."""
 
 
 @dataclass
@@ -80,6 +82,13 @@ class ModelArguments:
             "help": "Which tokens of an item see which: causal, those before (published), or bidirectional, all (LLM2Vec); "
             "none: as the model has it.",
             "choices": ["causal", "bidirectional"],
+        },
+    )
+    standardize_states: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Centre and scale the LLM's states, as measured on the train items before the first step; none: as the "
+            "model has it (published: no)."
         },
     )
     lora_r: Annotated[int, Bounds(0, 65_536)] = field(
@@ -105,10 +114,11 @@ class ModelArguments:
         check_bounds(self)
         if not self.lora_r and (self.use_dora or self.load_in_4bit or self.merge_adapter):
             raise ValueError("use_dora, load_in_4bit and merge_adapter need LoRA: set lora_r above 0.")
-        if self.lora_r and not self.merge_adapter and (self.readout or self.text_attention):
+        chosen = [name for name in READING if getattr(self, name) is not None]
+        if chosen and self.lora_r and not self.merge_adapter:
             raise ValueError(
-                "readout and text_attention are kept in the base model's config, which an adapter alone doesn't change: set "
-                "merge_adapter, or assemble the base model with them (hub/assemble.py --readout ...)."
+                f"{', '.join(chosen)}: kept in the base model's config, which an adapter alone doesn't change. Set "
+                f"merge_adapter, or assemble the base model so (hub/assemble.py --{chosen[0]} ...)."
             )
         if self.load_in_4bit and self.merge_adapter:
             raise ValueError(

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -17,6 +18,10 @@ from training.trainer.adapters import unwrap_adapter
 from training.trainer.arguments import DataArguments, NoteLLM2TrainingArguments
 from training.trainer.distributed import once_per_machine
 from training.trainer.trainer import NoteLLM2Trainer
+
+
+STANDARD_ITEMS = 1024
+"""Train items on which states are measured."""
 
 
 def vision_features(
@@ -51,6 +56,7 @@ def make_trainer(
     freeze_unread(model, processor)
     output = Path(arguments.output_dir)
     collate = ItemCollator(processor, features, unwrap_adapter(model).dtype, output / "rejects.jsonl")
+    standardize(model, collate, data, arguments)
     masks = (options.mask_known_positives, options.mask_same_image, options.mask_same_text)
     workers = arguments.dataloader_num_workers
     image_tokens = processor.num_query_tokens if processor.early_fusion else 0
@@ -98,3 +104,45 @@ def freeze_unread(model: Any, processor: Any) -> None:
     for weight, gradient in zip(trained, gradients, strict=True):
         if gradient is None:
             weight.requires_grad_(False)
+
+
+@torch.no_grad()
+def standardize(model: Any, collate: ItemCollator, data: RunData, arguments: NoteLLM2TrainingArguments) -> None:
+    """Measure mean and deviation of the LLM's states on some train items, where the model wants that and has none yet.
+
+    Raises:
+        ValueError: with ZeRO-3, which has the weights in shards already.
+    """
+    base = unwrap_adapter(model)
+    parts = {
+        name: part for name in ("", "visual_") if (part := getattr(base, f"{name}standardization", None)) is not None
+    }
+    if not parts or all(part.is_fitted for part in parts.values()):
+        return
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("standardize_states can't measure states with ZeRO-3: take ZeRO-2 or FSDP2, or leave it off.")
+    states: dict[str, list[torch.Tensor]] = {name: [] for name in parts}
+    hooks = [
+        part.register_forward_pre_hook(lambda _, args, name=name: states[name].append(args[0].float().cpu()))
+        for name, part in parts.items()
+    ]
+    was_training, device = model.training, base.device
+    generator = np.random.default_rng(arguments.seed)
+    chosen = generator.permutation(np.unique(data.train.pairs))[:STANDARD_ITEMS].tolist()
+    shown = []
+    model.eval()
+    for start in range(0, len(chosen), arguments.per_device_eval_batch_size):
+        items = [data.items[position] for position in chosen[start : start + arguments.per_device_eval_batch_size]]
+        inputs = {name: value.to(device) for name, value in collate(items).items()}
+        dtype = arguments.precision.dtype
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            shown.append(model(**inputs).has_image.cpu())
+    model.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    with_picture = torch.cat(shown)
+    for name, part in parts.items():
+        measured = torch.cat(states[name])
+        measured = measured[with_picture] if name else measured
+        if len(measured) > 1:
+            part.fit(measured)

@@ -8,7 +8,8 @@ from accelerate.utils import broadcast_object_list
 from training.reporting.evaluation_plots import EVALUATION
 from training.reporting.run_plots import RUN_PLOTS
 from training.tables.commands.files import atomic_write, remove_files
-from training.trainer.adapters import READING, save_merged, unwrap_adapter
+from training.trainer.adapters import save_merged, unwrap_adapter
+from training.trainer.arguments import READING
 from training.trainer.trainer import NoteLLM2Trainer
 
 

@@ -24,7 +24,6 @@ from rich.text import Text
 from hub.catalogue.exports import FORMATS, export
 from hub.catalogue.index import Index
 from hub.catalogue.index_building import BuildArguments, build
-from hub.catalogue.queries import encode_item
 from modeling_notellm2 import DTYPES
 from training.tables.commands.bounds import AtLeastOne, check_bounds
 from training.tables.commands.handler import DONE, OptionError, command, parse, plain_console
@@ -75,6 +74,8 @@ def search(arguments: SearchArguments) -> Table:
     if arguments.id is not None:
         queries: np.ndarray | list[str] = [arguments.id]
     else:
+        from hub.catalogue.queries import encode_item  # with torch, which a search by id does without
+
         queries = encode_item(Path(arguments.item or ""), index, arguments.model, arguments.dtype)
     name = arguments.id or arguments.item
     table = Table(title=Text(f"Nearest to {name} of {len(index.ids):,} items"), title_justify="left")

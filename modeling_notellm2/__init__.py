@@ -1,29 +1,30 @@
 """NoteLLM-2 for transformers and sentence-transformers: config, model, processor and loss.
 
-The same files work installed as this package and as remote code beside a checkpoint's weights.
+The same files work installed as this package and as remote code beside a checkpoint's weights. torch is imported, and the
+classes registered with transformers' Auto classes, when a name that needs them is first asked for, as in
+`from modeling_notellm2 import NoteLLM2Model`: commands that only read tables or search an index start without torch.
 """
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from typing import TYPE_CHECKING, Any
 
-from .configuration_notellm2 import NoteLLM2Config
-from .loss_notellm2 import complete_pairs, contrastive_pair_loss
-from .modeling_notellm2 import NoteLLM2Model, NoteLLM2Output, NoteLLM2PreTrainedModel
-from .precision_notellm2 import DTYPES, Precision, choose_precision
-from .processing_notellm2 import NoteLLM2Processor
+from .dtypes_notellm2 import DTYPES
 from .prompts_notellm2 import ItemError
 
 
+if TYPE_CHECKING:
+    from .registered import (
+        NoteLLM2Config,
+        NoteLLM2Model,
+        NoteLLM2Output,
+        NoteLLM2PreTrainedModel,
+        NoteLLM2Processor,
+        Precision,
+        choose_precision,
+        complete_pairs,
+        contrastive_pair_loss,
+    )
+
 __version__ = "0.1.0"
-
-# For folders saved without code, and so that nobody who has the package needs trust_remote_code.
-AutoConfig.register("notellm2", NoteLLM2Config, exist_ok=True)
-AutoModel.register(NoteLLM2Config, NoteLLM2Model, exist_ok=True)
-AutoProcessor.register(NoteLLM2Config, NoteLLM2Processor, exist_ok=True)
-
-# save_pretrained writes these files beside the weights, so that AutoModel loads the folder anywhere.
-NoteLLM2Config.register_for_auto_class()
-NoteLLM2Model.register_for_auto_class("AutoModel")
-NoteLLM2Processor.register_for_auto_class()
 
 __all__ = [
     "DTYPES",
@@ -38,3 +39,11 @@ __all__ = [
     "complete_pairs",
     "contrastive_pair_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import registered
+
+    return getattr(registered, name)

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .dtypes_notellm2 import DTYPES
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""What `--dtype` takes."""
 
 BFLOAT16_ARITHMETIC = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "ARM's BF16"}
 """Instructions that multiply bfloat16, by torch's name for them, best first."""
@@ -111,4 +110,4 @@ def keep_precision_apart(model: PreTrainedModel, backbones: Sequence[str]) -> No
         setattr(model, rules, {f"{name}.+{pattern}" for name in backbones for pattern in patterns[name]})
 
 
-__all__ = ["DTYPES", "Precision", "cast_part", "choose_precision", "keep_precision_apart"]
+__all__ = ["Precision", "cast_part", "choose_precision", "keep_precision_apart"]

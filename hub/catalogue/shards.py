@@ -10,18 +10,21 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hub.catalogue.encoder import EncodedBlock
 from training.tables.commands.files import atomic_write, write_json
 from training.tables.commands.handler import about
 from training.tables.commands.hashes import file_sha256
 from training.tables.commands.outputs import LOCK, locked
 from training.tables.rejects import Reject
+
+
+if TYPE_CHECKING:  # who reads a catalogue needs no torch
+    from hub.catalogue.encoder import EncodedBlock
 
 
 MANIFEST = "manifest.json"
@@ -86,14 +89,14 @@ class ShardWriter:
     plan: Plan
     embedding_type: str
     done: set[int]
-    _waiting: dict[int, dict[int, EncodedBlock]] = field(default_factory=dict)
+    _waiting: dict[int, dict[int, "EncodedBlock"]] = field(default_factory=dict)
 
     def pending_blocks(self) -> list[int]:
         """Blocks of the shards that are not there, in table order."""
         missing = (shard for shard in range(self.plan.shards) if shard not in self.done)
         return [block for shard in missing for block in self.plan.blocks_of(shard)]
 
-    def add(self, block: EncodedBlock) -> None:
+    def add(self, block: "EncodedBlock") -> None:
         """Keeps a block until its shard is whole, then writes the shard."""
         shard = self.plan.shard_of(block.number)
         blocks = self._waiting.setdefault(shard, {})
@@ -215,7 +218,7 @@ def embeddings_array(values: np.ndarray, embedding_type: str) -> pa.FixedSizeLis
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def _shard_table(blocks: list[EncodedBlock], embedding_type: str) -> pa.Table:
+def _shard_table(blocks: "list[EncodedBlock]", embedding_type: str) -> pa.Table:
     embeddings = np.concatenate([block.embeddings for block in blocks])
     columns = {
         "item_id": pa.array([item_id for block in blocks for item_id in block.item_ids], pa.string()),

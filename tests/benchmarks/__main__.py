@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from tests.benchmarks import bare_parts
+from tests.benchmarks import bare_parts, start_up
 from tests.benchmarks.ratios import table, write
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     """Measure on one thread, print, write."""
     options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]
     torch.set_num_threads(1)
-    ratios = bare_parts.ratios(options.rounds)
+    ratios = [*bare_parts.ratios(options.rounds), *start_up.ratios(options.rounds)]
     print(table(ratios))
     write(ratios, Path(options.output))
 

@@ -5,6 +5,7 @@ beside wall time. The spread is that of the rounds.
 """
 
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -78,7 +79,12 @@ def write(ratios: list[Ratio], path: Path) -> None:
 
 
 def _seconds(function: Callable[[], Any]) -> tuple[float, float]:
-    """CPU seconds of this process and seconds of one call."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    """CPU seconds of this process and those that it has waited for, and seconds, of one call."""
+    wall, cpu = time.perf_counter(), _cpu_seconds()
     function()
-    return time.process_time() - cpu, time.perf_counter() - wall
+    return _cpu_seconds() - cpu, time.perf_counter() - wall
+
+
+def _cpu_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime

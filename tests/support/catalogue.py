@@ -4,13 +4,16 @@ import io
 import json
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from hub.catalogue.index import IDS_FILE, INDEX_FILE, RECORD, hashes_of
 from hub.catalogue.shards import MANIFEST
 from hub.encode import EncodeArguments
+from training.tables.commands.files import write_json
 
 
 SMALL = {
@@ -53,6 +56,19 @@ def arguments(model: Path, items: Path, output: Path, **options) -> EncodeArgume
 def write_items(items: list[dict], path: Path) -> Path:
     pq.write_table(pa.Table.from_pylist(items), path, row_group_size=13)
     return path
+
+
+def write_index(vectors: np.ndarray, folder: Path) -> Path:
+    """An exact index of items n0, n1, ..., with what a search by id reads of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors.astype(np.float32))
+    faiss.write_index(index, str(folder / INDEX_FILE))
+    ids = pa.table({"item_id": [f"n{number}" for number in range(len(vectors))]})
+    with pa.OSFile(str(folder / IDS_FILE), "wb") as sink, pa.ipc.new_file(sink, ids.schema) as writer:
+        writer.write_table(ids)
+    write_json({"width": vectors.shape[1], "items": len(vectors), "hashes": hashes_of(folder)}, folder / RECORD)
+    return folder
 
 
 def read_shards(folder: Path) -> pa.Table:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from modeling_notellm2.images_notellm2 import (
@@ -33,7 +32,7 @@ PER_TASK = 64
 Item = dict[str, Any]
 
 
-class _Applied(Dataset):
+class _Applied:
     def __init__(self, items: Sequence[Item], function: Callable[[Item], Any]):
         self.items, self.function = items, function
 
@@ -53,8 +52,11 @@ def map_items(items: Sequence[Item], function: Callable[[Item], Any], num_worker
 
     A table too small to give each of them something to do is computed in this process.
     """
+    from torch.utils.data import DataLoader  # not above: who opens no pictures needs no torch
+
     workers = num_workers if len(items) > num_workers * PER_TASK else 0
-    loader = DataLoader(_Applied(items, function), batch_size=PER_TASK, num_workers=workers, collate_fn=list)
+    applied: Any = _Applied(items, function)
+    loader = DataLoader(applied, batch_size=PER_TASK, num_workers=workers, collate_fn=list)
     with tqdm(desc=name, total=len(items), unit="item") as progress:
         for results in loader:
             yield from results

@@ -12,14 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import huggingface_hub
 
 from training.tables.commands.files import write_json
 from training.tables.commands.hashes import file_sha256
 from training.tables.rejects import TableError
+
+
+if TYPE_CHECKING:  # it brings pandas; in functions, so that commands that read no table start without both
+    import datasets
 
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
@@ -53,13 +56,15 @@ class TableFile:
 class TableSplit:
     """One split of a data set, mapped by `datasets`."""
 
-    dataset: datasets.Dataset
+    dataset: "datasets.Dataset"
     name: str
     folder: Path = Path()
 
 
 def cache_folder() -> Path:
     """Where copies of tables lie: in the cache of `datasets`."""
+    import datasets
+
     return Path(datasets.config.HF_DATASETS_CACHE) / "notellm2_tables"
 
 
@@ -82,6 +87,8 @@ def parts_of(source: str, split: str | None = None) -> list[TableFile] | list[Ta
         return [TableFile(path, path.name, path.parent)]
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            import datasets
+
             return _splits(source, _loaded(source, lambda: datasets.load_from_disk(source)), split)
         files = _files_of(path)
         return files if split is None else _files_of_split(source, files, split)
@@ -156,6 +163,8 @@ def _files_of_split(source: str, files: list[TableFile], split: str) -> list[Tab
 
 
 def _hub_splits(source: str, split: str | None) -> list[TableSplit]:
+    import datasets
+
     name, _, config = source.partition(":")
     _check_at_hub(source, name)
 
@@ -171,6 +180,8 @@ def _hub_splits(source: str, split: str | None) -> list[TableSplit]:
 
 def _check_at_hub(source: str, name: str) -> None:
     """Asks once whether there is such a data set, for `datasets` asks again and again where nobody answers."""
+    import datasets
+
     cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
     if huggingface_hub.constants.HF_HUB_OFFLINE or cached.exists():
         return
@@ -184,6 +195,8 @@ def _check_at_hub(source: str, name: str) -> None:
 
 
 def _loaded(source: str, load: Callable[[], Any]) -> Any:
+    import datasets
+
     try:
         return load()
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -8,8 +8,6 @@ class Arguments:
 from dataclasses import field
 from typing import Any
 
-import torch
-
 from modeling_notellm2 import DTYPES
 
 
@@ -31,9 +29,15 @@ def encoding_option() -> Any:
 def device_option() -> Any:
     """Where the model runs: a dataclass field."""
     return field(
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        default_factory=_best_device,
         metadata={"help": "Where the model runs, e.g. cpu, cuda, cuda:1; by default a GPU if there is one."},
     )
+
+
+def _best_device() -> str:
+    import torch  # not above: commands without a model take options from here too
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def dtype_option() -> Any:

@@ -37,10 +37,13 @@ class NoteLLM2Standardization(nn.Module):
 
     @torch.no_grad()
     def fit(self, hidden: torch.Tensor) -> None:
-        """Takes mean and deviation from states of items, `(n, width)`; a direction that doesn't vary is only centred."""
-        hidden = hidden.float()
-        deviation = hidden.std(0)
-        self.mean.copy_(hidden.mean(0))
+        """Takes mean and deviation from states of items, `(n, width)`; a direction that doesn't vary is only centred.
+
+        What varies less than bfloat16 can tell beside the mean is rounding, and is not scaled up further.
+        """
+        mean, deviation = hidden.float().mean(0), hidden.float().std(0)
+        deviation = torch.maximum(deviation, torch.finfo(torch.bfloat16).eps * mean.abs())
+        self.mean.copy_(mean)
         self.scale.copy_(torch.where(deviation > 0, deviation, 1).reciprocal())
 
 

@@ -29,6 +29,7 @@ from hub.serving.batching import Batcher, BatchSizes
 from hub.serving.limits import Limits
 from hub.serving.metrics import Metrics
 from hub.serving.pictures import Pictures
+from hub.serving.requests import MOST
 from hub.serving.server import bind, listen
 from modeling_notellm2 import choose_precision
 from training.tables.commands.bounds import AtLeastOne, Bounds, check_bounds
@@ -74,11 +75,11 @@ class ServeArguments:
     max_body_mb: Annotated[int, Bounds(1, 1024)] = field(
         default=Limits.body_bytes // MIB, metadata={"help": "MiB of a request."}
     )
-    max_pixels: AtLeastOne = field(default=Limits.pixels, metadata={"help": "Pixels of a picture."})
+    max_pixels: AtLeastOne = field(default=Limits.pixels, metadata={"help": "Pixels of an item's pictures."})
     max_characters: AtLeastOne = field(default=Limits.characters, metadata={"help": "Characters of an item."})
-    max_items: AtLeastOne = field(default=Limits.items, metadata={"help": "Items of a request."})
+    max_items: Annotated[int, Bounds(1, MOST)] = field(default=Limits.items, metadata={"help": "Items of a request."})
     body_seconds: Annotated[float, Bounds(0.1, 3600)] = field(
-        default=Limits.body_seconds, metadata={"help": "Until a request's body must have arrived."}
+        default=Limits.body_seconds, metadata={"help": "Until a request's head, and then its body, must have arrived."}
     )
     allow_remote: str | None = field(
         default=None,
@@ -140,7 +141,7 @@ def main(options: Sequence[str] | None = None) -> int | None:
     (arguments,) = parse(ServeArguments, options=options)
     with bind(arguments.host, arguments.port) as bound:
         service = load_service(arguments)
-        listen(make_app(service), bound)
+        listen(make_app(service), bound, arguments.body_seconds)
     return DONE
 
 

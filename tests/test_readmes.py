@@ -1,5 +1,6 @@
 """Every Python block and every command of the README files is run, on tiny models and tables in the places they name."""
 
+import os
 import re
 import runpy
 import shlex
@@ -7,6 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +23,7 @@ from tests.support.models import (
     save_text_model,
 )
 from tests.support.native_models import saved_checkpoint
+from tests.support.server import started
 
 
 ROOT = Path(__file__).parents[1]
@@ -39,12 +43,14 @@ STAND_INS = {
 }
 """What a reader puts in place of a name, here."""
 
-SHORTER = {"training/run.py": ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report", "false"]}
-"""Options that end a command sooner."""
+SHORTER = {
+    "training/run.py": ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report", "false"],
+    "hub/serve.py": ["--port", "0"],
+}
+"""Options that end a command sooner, or keep it from others' way."""
 
 ELSEWHERE = {
     "hub/app.py": "it serves until it is stopped: tests/hub/pages/test_app.py",
-    "hub/serve.py": "it serves until it is stopped: tests/hub/serving/test_serve.py",
     "hub/convert_official.py": "it needs a research checkpoint: tests/hub/backbones/test_convert_official.py",
     "training.experiments.movielens": "tests/training/experiments/test_movielens.py",
     "--text_layers": "it reads the packaged backbones: tests/hub/backbones",
@@ -125,10 +131,14 @@ def clone(tmp_path, tiny_model_folder):
 
 
 def run_command(line: str) -> None:
-    """Run `python SCRIPT ...` in this process, as a shell in this folder would."""
+    """Run `python SCRIPT ...` in this process, as a shell in this folder would; a server in its own, for a question."""
     for name, stand_in in STAND_INS.items():
         line = re.sub(rf"(?<![\w/]){name}(?![\w/])", stand_in, line)
     _, script, *options = shlex.split(line)
+    if script == "hub/serve.py":  # until it is stopped
+        with started([sys.executable, script, *options, *SHORTER[script]], os.environ) as running:
+            assert httpx.get(f"{running.url}/health").json()["indexed_items"]
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *options, *SHORTER.get(script, [])])
         with pytest.raises(SystemExit) as ended:
@@ -144,7 +154,7 @@ def test_what_a_readme_shows_works(readme, clone, monkeypatch):
     if "hub/assemble.py" not in (ROOT / readme).read_text(encoding="utf-8"):
         shutil.copytree("runs/demo/base", "models/base")  # another README makes it, and the pairs
         shutil.copy("train_pairs.parquet", "pairs.parquet")
-    names: dict = {"query": [0.0] * 24}
+    names: dict = {"query": [0.0] * 24, "embeddings": np.zeros((2, 24))}
     for block in blocks(readme):
         if any(text in block for text in ELSEWHERE):
             continue

@@ -148,6 +148,23 @@ def rows_of_ids(column: pa.ChunkedArray, item_ids: list[str]) -> list[int | None
     return [row_of.get(item_id) for item_id in item_ids]
 
 
+def vectors_at(catalogue: Catalogue, column: str, rows: np.ndarray) -> np.ndarray:
+    """The vectors of some rows, in the order in which they are named: `(n, d)` float32.
+
+    Args:
+        rows: positions among the items that have such a vector, each once.
+    """
+    order = np.argsort(rows)
+    wanted = rows[order]
+    vectors = np.zeros((len(rows), catalogue.width), np.float32)
+    first = 0
+    for batch in catalogue.batches(column):
+        here = slice(*np.searchsorted(wanted, (first, first + len(batch.item_ids))))
+        vectors[order[here]] = batch.vectors[wanted[here] - first]
+        first += len(batch.item_ids)
+    return vectors
+
+
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder to fill, which then takes the place of `output`.

@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from hub.catalogue.catalogue import Catalogue, new_folder
+from hub.catalogue.catalogue import Catalogue, new_folder, vectors_at
 from hub.catalogue.earlier import EMBEDDING, VISUAL_EMBEDDING
 from hub.catalogue.index import IDS_FILE, INDEX_FILE, RECORD, hashes_of
 from training.tables.commands.files import write_json
@@ -142,11 +142,4 @@ def make_index(kind: str, width: int, parameters: dict[str, int]) -> Any:
 
 def sample(catalogue: Catalogue, column: str, count: int, size: int) -> np.ndarray:
     """`size` vectors drawn at random from the whole catalogue, always the same: `(size, d)` float32."""
-    chosen = np.sort(np.random.default_rng(0).choice(count, size, replace=False))
-    parts, first = [], 0
-    for batch in catalogue.batches(column):
-        behind = first + len(batch.item_ids)
-        here = chosen[slice(*np.searchsorted(chosen, (first, behind)))]
-        parts.append(batch.vectors[here - first])
-        first = behind
-    return np.concatenate(parts)
+    return vectors_at(catalogue, column, np.sort(np.random.default_rng(0).choice(count, size, replace=False)))

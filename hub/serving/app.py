@@ -120,7 +120,7 @@ def add_embedding_routes(app: FastAPI, service: Service) -> None:
         """Embeds texts and pictures, as OpenAI's clients ask for it."""
         if body.model not in (None, service.name):
             raise RequestError(404, f"here is {service.name!r}, not {body.model!r}.", "model", "model_not_found")
-        embedded = await service.embed(request, items_of_input(body.input))
+        embedded = await service.embed(request, items_of_input(body.input, service.limits))
         data = [
             answers.OpenAIEmbedding(
                 index=number,

@@ -20,9 +20,10 @@ class Limits:
         body_bytes: of a request, and of a picture from elsewhere.
         all_bodies: bytes of all requests that are being read or answered.
         body_seconds: until a request's body must have arrived.
-        pixels: of a picture.
+        pixels: of all pictures of an item, which are open at once.
         characters: of all texts of an item.
         pictures: of an item.
+        parts: of an item in OpenAI's form.
         items: of a request.
     """
 
@@ -32,6 +33,7 @@ class Limits:
     pixels: int = 25_000_000
     characters: int = 100_000
     pictures: int = 16
+    parts: int = 256
     items: int = 256
 
 
@@ -64,13 +66,15 @@ class RequestError(Exception):
         kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
         error = {"message": message, "type": kind, "param": self.where, "code": self.code}
         # A user's half of a surrogate pair is no UTF-8.
-        valid = {name: text and text.encode("utf-8", "replace").decode() for name, text in error.items()}
+        valid = {name: text and text[:LONGEST].encode("utf-8", "replace").decode() for name, text in error.items()}
         headers = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse({"error": valid}, self.status, headers)
 
 
+LONGEST = 1000
+"""Characters of a message, which may quote what was sent."""
 KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 """OpenAI's type of an error by HTTP's status."""
 

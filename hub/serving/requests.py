@@ -13,6 +13,14 @@ from training.tables.columns import item_from_values
 from training.tables.items import Item
 
 
+MOST = 10_000
+"""Entries of a list that are looked at: thousands of thousands would hold up all other requests. Smaller limits come later."""
+
+
+Id = Annotated[str, Field(max_length=1024)]
+"""The length has pydantic read it as Unicode too: half of a surrogate pair could not be sent back."""
+
+
 class Body(BaseModel):
     """A part of a request: a name that is not known is a mistake of the sender."""
 
@@ -22,11 +30,13 @@ class Body(BaseModel):
 class ItemBody(Body):
     """An item; every key may be missing, but not all."""
 
-    item_id: str | None = None
+    item_id: Id | None = None
     title: str | None = None
-    topics: list[str] | None = None
+    topics: list[str] | None = Field(default=None, max_length=MOST)
     content: str | None = None
-    image: str | list[str] | None = Field(default=None, description="Data URL (base64), or several.")
+    image: str | Annotated[list[str], Field(max_length=MOST)] | None = Field(
+        default=None, description="Data URL (base64), or several."
+    )
 
 
 class TextPart(BaseModel):
@@ -69,7 +79,7 @@ class EmbeddingsRequest(Body):
 class EmbedRequest(Body):
     """`POST /embed`."""
 
-    items: list[ItemBody] = Field(min_length=1)
+    items: list[ItemBody] = Field(min_length=1, max_length=MOST)
     dimensions: Dimensions = None
     visual: bool = Field(default=False, description="Give the embedding of the pictures alone too.")
 
@@ -77,7 +87,7 @@ class EmbedRequest(Body):
 class SearchRequest(Body):
     """`POST /search`: the neighbours of an item of the index, or of any other."""
 
-    id: str | None = None
+    id: Id | None = None
     item: ItemBody | None = None
     k: int = Field(default=20, ge=1, le=1000)
 
@@ -89,7 +99,7 @@ class SearchRequest(Body):
         return self
 
 
-def items_of_input(content: Any) -> dict[str, ItemBody]:
+def items_of_input(content: Any, limits: Limits) -> dict[str, ItemBody]:
     """The items of OpenAI's `input`, by where they stand in it.
 
     Raises:
@@ -100,26 +110,31 @@ def items_of_input(content: Any) -> dict[str, ItemBody]:
     if not isinstance(content, list) or not content:
         raise RequestError(400, "expected a text, a list of parts, or a list of texts and lists of parts.", "input")
     if all(isinstance(entry, dict) for entry in content):
-        return {"input": item_of_parts(content, "input")}
-    return {f"input[{number}]": _item_of_entry(entry, f"input[{number}]") for number, entry in enumerate(content)}
+        return {"input": item_of_parts(content, "input", limits)}
+    check_count(len(content), limits)
+    return {
+        f"input[{number}]": _item_of_entry(entry, f"input[{number}]", limits) for number, entry in enumerate(content)
+    }
 
 
-def _item_of_entry(entry: Any, where: str) -> ItemBody:
+def _item_of_entry(entry: Any, where: str, limits: Limits) -> ItemBody:
     if isinstance(entry, str):
         return ItemBody(content=entry)
     if isinstance(entry, int) or (isinstance(entry, list) and any(isinstance(token, int) for token in entry)):
         raise RequestError(400, "token ids are not taken, as an item's prompt is made here; send text.", where)
     if isinstance(entry, list) and entry:
-        return item_of_parts(entry, where)
+        return item_of_parts(entry, where, limits)
     raise RequestError(400, "expected a text, or a list of parts of text and image_url.", where)
 
 
-def item_of_parts(parts: Sequence[Any], where: str) -> ItemBody:
+def item_of_parts(parts: Sequence[Any], where: str, limits: Limits) -> ItemBody:
     """One item of a message's parts: its texts, with line ends between them, are the content.
 
     Raises:
-        RequestError: naming the part.
+        RequestError: naming the part; or for too many of them.
     """
+    if len(parts) > limits.parts:
+        raise RequestError(400, f"{len(parts):,} parts; an item has at most {limits.parts}.", where)
     texts, pictures = [], []
     for number, raw in enumerate(parts):
         try:
@@ -139,14 +154,23 @@ async def open_items(bodies: dict[str, ItemBody], pictures: Pictures, limits: Li
     Raises:
         RequestError: naming the first item that can't be taken.
     """
-    if len(bodies) > limits.items:
-        raise RequestError(400, f"{len(bodies):,} items; a request has at most {limits.items:,}.")
+    check_count(len(bodies), limits)
     async with asyncio.TaskGroup() as tasks:
         opened = {where: tasks.create_task(_opened(body, where, pictures, limits)) for where, body in bodies.items()}
     for task in opened.values():
         if isinstance(result := task.result(), RequestError):
             raise result
     return {where: item for where, task in opened.items() if not isinstance(item := task.result(), RequestError)}
+
+
+def check_count(items: int, limits: Limits) -> None:
+    """Refuse too many items.
+
+    Raises:
+        RequestError: naming the limit.
+    """
+    if items > limits.items:
+        raise RequestError(400, f"{items:,} items; a request has at most {limits.items:,}.")
 
 
 async def _opened(body: ItemBody, where: str, pictures: Pictures, limits: Limits) -> Item | RequestError:
@@ -160,7 +184,11 @@ async def _opened(body: ItemBody, where: str, pictures: Pictures, limits: Limits
         if len(addresses) > limits.pictures:
             raise RequestError(400, f"{len(addresses)} pictures; an item has at most {limits.pictures}.")
         if addresses:
-            item["image"] = [await pictures.open(address) for address in addresses]
+            opened = [await pictures.open(address) for address in addresses]
+            pixels = sum(picture.width * picture.height for picture in opened)
+            if pixels > limits.pixels:
+                raise RequestError(400, f"{pixels:,} pixels; an item's pictures have at most {limits.pixels:,} in all.")
+            item["image"] = opened
     except RequestError as error:
         return RequestError(error.status, error.message, where)
     return item

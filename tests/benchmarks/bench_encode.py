@@ -28,8 +28,8 @@ from hub.catalogue.encoder import ItemEncoder, Rows
 from hub.catalogue.ray_engine import RayOptions, encode_with_ray
 from hub.catalogue.shards import Plan
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
-from tests.conftest import QFORMER, make_image_processor, make_tokenizer
 from tests.support.catalogue import make_items
+from tests.support.models import QFORMER, make_image_processor, make_tokenizer
 from training.tables.items import load_items
 
 
@@ -44,21 +44,32 @@ class Options:
     repeats: int = field(default=3, metadata={"help": "Runs of each kind, alternating; medians are printed."})
 
 
-def make_model(folder: Path) -> None:
-    """A model of random weights that takes about a tenth of a second for an item, as small real ones do on one thread."""
+def make_model(folder: Path, width: int = 256, layers: int = 4) -> None:
+    """A model of random weights; by default it takes about a tenth of a second for an item, as small real ones do.
+
+    Args:
+        folder: to write.
+        width, layers: of the vision encoder; the LLM has twice of both.
+    """
     torch.manual_seed(0)
     vision = CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=256,
-            intermediate_size=1024,
-            num_hidden_layers=4,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             image_size=32,
             patch_size=8,
         )
     )
     text = LlamaModel(
-        LlamaConfig(vocab_size=260, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
+        LlamaConfig(
+            vocab_size=260,
+            hidden_size=2 * width,
+            intermediate_size=8 * width,
+            num_hidden_layers=2 * layers,
+            num_attention_heads=8,
+        )
     )
     model = NoteLLM2Model.from_vision_text_pretrained(vision, text, qformer_config=QFORMER, embedding_dim=64)
     processor = NoteLLM2Processor.from_vision_text_pretrained(make_image_processor(), make_tokenizer(), model=model)

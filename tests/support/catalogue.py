@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import faiss
@@ -11,9 +12,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from hub.catalogue.index import IDS_FILE, INDEX_FILE, RECORD, hashes_of
-from hub.catalogue.shards import MANIFEST
+from hub.catalogue.shards import MANIFEST, embeddings_array
 from hub.encode import EncodeArguments
 from training.tables.commands.files import write_json
+from training.tables.commands.hashes import file_sha256
 
 
 SMALL = {
@@ -106,3 +108,34 @@ def messy_rows() -> tuple[list[str], dict[int, tuple[str, str]]]:
     for line, (text, _, _) in bad.items():
         lines[line] = text
     return lines, {line: (item_id, reason) for line, (_, item_id, reason) in bad.items()}
+
+
+def write_shards(
+    vectors: np.ndarray,
+    folder: Path,
+    per_shard: int = 5000,
+    embedding_type: str = "float32",
+    item_ids: Sequence[str] | None = None,
+    model_files: Mapping[str, str] | None = None,
+) -> Path:
+    """A folder as hub/encode.py leaves it, of vectors made up."""
+    item_ids = [f"n{row}" for row in range(len(vectors))] if item_ids is None else item_ids
+    folder.mkdir()
+    shards = {}
+    for number, first in enumerate(range(0, len(vectors), per_shard)):
+        part = vectors[first : first + per_shard]
+        path = folder / f"shard-{number:05d}.parquet"
+        pq.write_table(
+            pa.table(
+                {"item_id": item_ids[first : first + per_shard], "embedding": embeddings_array(part, embedding_type)}
+            ),
+            path,
+        )
+        shards[path.name] = {"items": len(part), "rejects": 0, "sha256": file_sha256(path)}
+    model = {"source": "made up", "revision": None, "files": dict(model_files or {})}
+    job = {"model": model, "settings": {"dtype": "float32"}}
+    counts = {"items": len(vectors)}
+    scale = 127 if embedding_type == "int8" else 1
+    manifest = {"complete": True, "job": job, "width": vectors.shape[1], "scale": scale, "counts": counts}
+    write_json({**manifest, "shards": shards}, folder / "manifest.json")
+    return folder

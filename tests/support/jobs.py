@@ -19,6 +19,7 @@ import hub.encode
 import hub.gallery
 import hub.index
 import hub.publish
+import hub.semantic_ids
 import training.evaluate
 import training.hard_negatives
 import training.mine
@@ -106,6 +107,11 @@ JOBS = {
         hub.index.main,
         "export --format qdrant --embeddings INPUTS/vectors --output PLACE/export",
         ("export/*",),
+    ),
+    "semantic_ids": Job(
+        hub.semantic_ids.main,
+        "--embeddings INPUTS/vectors --output PLACE/codes --levels 2 --codes 4",
+        ("codes/*",),
     ),
     "gallery": Job(
         hub.gallery.main,

@@ -19,13 +19,12 @@ from hub import index as index_module
 from hub.catalogue.exports import export
 from hub.catalogue.index import Neighbour
 from hub.catalogue.index_building import choose_parameters
-from hub.catalogue.shards import ShardError, embeddings_array
+from hub.catalogue.shards import ShardError
 from hub.encode import EncodeArguments, encode
 from hub.index import BuildArguments, Index, build
-from tests.support.catalogue import SMALL, make_items, png, read_shards, vectors, write_items
+from tests.support.catalogue import SMALL, make_items, png, read_shards, vectors, write_items, write_shards
 from training.tables.commands.files import write_json
 from training.tables.commands.handler import FileError
-from training.tables.commands.hashes import file_sha256
 
 
 CLUSTERED, WIDTH = 12_000, 16
@@ -56,25 +55,6 @@ def built(encoded, table, tmp_path_factory) -> Path:
 
 def exact(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :k]
-
-
-def write_shards(vectors: np.ndarray, folder: Path, per_shard: int = 5000, embedding_type: str = "float32") -> Path:
-    """A folder as hub/encode.py leaves it, of vectors made up."""
-    folder.mkdir()
-    shards = {}
-    for number, first in enumerate(range(0, len(vectors), per_shard)):
-        part = vectors[first : first + per_shard]
-        ids = [f"n{row}" for row in range(first, first + len(part))]
-        path = folder / f"shard-{number:05d}.parquet"
-        pq.write_table(pa.table({"item_id": ids, "embedding": embeddings_array(part, embedding_type)}), path)
-        shards[path.name] = {"items": len(part), "rejects": 0, "sha256": file_sha256(path)}
-    model = {"source": "made up", "revision": None, "files": {}}
-    job = {"model": model, "settings": {"dtype": "float32"}}
-    counts = {"items": len(vectors)}
-    scale = 127 if embedding_type == "int8" else 1
-    manifest = {"complete": True, "job": job, "width": vectors.shape[1], "scale": scale, "counts": counts}
-    write_json({**manifest, "shards": shards}, folder / "manifest.json")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -272,6 +272,42 @@ def test_limits_of_a_request(tight):
     assert "more than 1,048,576 bytes" in refused("/v1/embeddings", {"input": "a" * 2_000_000}, 413)
 
 
+def test_lists_of_thousands_of_thousands_hold_up_no_other(server):
+    """They are refused before their entries are looked at."""
+    many = 200_000
+    for route, body, words in (
+        ("/v1/embeddings", {"input": ["a"] * many}, "at most 256"),
+        ("/v1/embeddings", {"input": [{"type": "text", "text": ""}] * many}, "at most 256"),
+        ("/v1/embeddings", {"input": ["a", [{"type": "text", "text": ""}] * many]}, "at most 256"),
+        ("/embed", {"items": [{}] * many}, "at most 10000"),
+        ("/embed", {"items": [{"title": "a", "topics": [""] * many}]}, "at most 10000"),
+        ("/embed", {"items": [{"image": [""] * many}]}, "items[0].image"),
+    ):
+        answer = httpx.post(server.url + route, json=body, timeout=60)
+        assert words in error_of(answer, 400)["message"], answer.text
+
+
+def test_the_pixels_of_an_items_pictures_are_counted_together(tight):
+    one = data_url(png(1, side=30))
+    assert httpx.post(f"{tight.url}/embed", json={"items": [{"image": [one, one]}]}).status_code == 200
+    error = error_of(httpx.post(f"{tight.url}/embed", json={"items": [{"image": [one, one, one]}]}), 400)
+    assert error["param"] == "items[0]" and "at most 2,000 in all" in error["message"]
+
+
+def test_an_answer_quotes_little_of_what_was_sent(server):
+    for route, body in (
+        ("/search", {"id": "x" * 1_000_000}),
+        ("/v1/embeddings", {"input": "a", "model": "x" * 1_000_000}),
+        ("/v1/embeddings", {"input": "a", "x" * 1_000_000: 1}),
+    ):
+        answer = httpx.post(server.url + route, json=body)
+        assert answer.status_code in (400, 404) and len(answer.content) < 3000
+    for sent in (b'{"items": [{"title": "a", "item_id": "\\ud800"}]}', b'{"items": [{"item_id": "\\ud800"}]}'):
+        headers = {"Content-Type": "application/json"}
+        error = error_of(httpx.post(f"{server.url}/embed", content=sent, headers=headers), 400)
+        assert error["param"] == "items[0].item_id" and "unicode string" in error["message"]
+
+
 def test_a_body_of_unknown_length_is_cut_off(tight):
     refused = tight.metric("requests_total", route="other", status="413")
     chunks = (b"a" * 65_536 for _ in range(40))
@@ -286,6 +322,23 @@ def test_a_slow_client_is_let_go(tight):
         slow.settimeout(30)
         answer = slow.makefile("rb").read()  # until the server closes
     assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive within 1 s" in answer
+
+
+def test_a_head_that_does_not_arrive_is_let_go(tight):
+    """Of a connection's first request or a later one, though a byte comes now and then; an idle connection stays."""
+    request = b"GET /health HTTP/1.1\r\nHost: a\r\n"
+    for before in (b"", request + b"\r\n"):
+        with socket.create_connection(tight.address) as slow, socket.create_connection(tight.address) as idle:
+            idle.sendall(request + b"\r\n")
+            slow.sendall(before)
+            start = time.monotonic()
+            with pytest.raises(OSError):  # the server has closed
+                for number in range(300):
+                    slow.sendall(request if number == 0 else b"X")
+                    time.sleep(0.1)
+            assert time.monotonic() - start > 0.9
+            idle.sendall(request + b"Connection: close\r\n\r\n")
+            assert idle.makefile("rb").read().count(b"HTTP/1.1 200") == 2
 
 
 def test_nothing_is_encoded_for_a_client_that_has_gone(tight):
@@ -346,12 +399,35 @@ def test_the_key_a_stop_and_a_kill_under_load(tiny_model_folder, by_auto_model):
             pass
 
 
-def test_a_mistake_of_the_operator_is_one_line(tiny_model_folder, capsys):
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as ended:
-        main(["--model", str(tiny_model_folder), "--port", str(taken.getsockname()[1])])
-    assert "The port is taken: choose another --port." in str(ended.value)
+def test_a_port_that_cant_be_had_is_one_line(tiny_model_folder, monkeypatch):
+    def line_of(*options: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["--model", str(tiny_model_folder), *map(str, options)])
+        return str(ended.value)
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert line_of("--port", port) == (
+            f"hub/serve.py: Port {port} at 127.0.0.1: another program listens there: end it, or choose another --port "
+            "(0: a free one)."
+        )
+    assert "Port 0 at 192.0.2.1: this machine has no such address" in line_of("--host", "192.0.2.1", "--port", 0)
+    assert "Host 'no.such.invalid' is unknown" in line_of("--host", "no.such.invalid", "--port", 0)
+
+    def load_while_another_listens(arguments: ServeArguments):
+        others.append(socket.create_server(("127.0.0.1", arguments.port)))
+        return load(arguments)
+
+    others: list[socket.socket] = []
+    load = load_service
+    monkeypatch.setattr("hub.serve.load_service", load_while_another_listens)
+    assert f"Port {port} at 127.0.0.1: another program listens there" in line_of("--port", port)
+    others[0].close()
+
+
+def test_options_that_dont_go_together_are_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["--model", str(tiny_model_folder), "--queue_items", "10", "--max_items", "11"])
+        main(["--queue_items", "10", "--max_items", "11"])
     assert ended.value.code == 2 and "--max_items 11" in capsys.readouterr().err
 
 

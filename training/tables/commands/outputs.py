@@ -221,6 +221,8 @@ def _kinds_of(folder: Path) -> tuple[str, ...]:
     """Names of the files that a folder of ours may hold; none for another's."""
     if (folder / "index.json").is_file() and (folder / "index.faiss").is_file():
         return ("index.json", "index.faiss", "ids.arrow")
+    if (folder / "semantic_ids.json").is_file():
+        return ("semantic_ids.json", "codes.parquet", "codebooks.safetensors")
     if (folder / "_export.json").is_file():
         return ("_export.json", "vectors-*.parquet")
     if _is_model(folder):

@@ -1,8 +1,9 @@
 """Nearest neighbours over an encoded catalogue: builds a FAISS index, searches it, exports vectors for other databases.
 
     python hub/index.py --embeddings DIR --output INDEX
+    python hub/index.py update --index INDEX --embeddings DIR
     python hub/index.py search --index INDEX --id ID -k 20              (or --item ITEM.json)
-    python hub/index.py export --embeddings DIR --format lancedb --output FOLDER
+    python hub/index.py export --embeddings DIR --format lancedb --output FOLDER    (--since EARLIER: what has changed)
 
     Index.load("INDEX").search(["some-id"], k=20)                       (or an array of vectors)
 
@@ -24,6 +25,7 @@ from rich.text import Text
 from hub.catalogue.exports import FORMATS, export
 from hub.catalogue.index import Index
 from hub.catalogue.index_building import BuildArguments, build
+from hub.catalogue.index_updating import UpdateArguments, update
 from modeling_notellm2 import DTYPES
 from training.tables.commands.bounds import AtLeastOne, check_bounds
 from training.tables.commands.handler import DONE, OptionError, command, parse, plain_console
@@ -64,6 +66,10 @@ class ExportArguments:
     items: str | None = field(default=None, metadata={"help": "The item table that was encoded, for titles."})
     split: str | None = field(default=None, metadata={"help": "Its split, as it was encoded."})
     encoding: str | None = field(default=None, metadata={"help": "Its encoding, as it was encoded."})
+    since: str | None = field(
+        default=None,
+        metadata={"help": "An earlier export: only what a database that has loaded it must insert and delete."},
+    )
 
 
 def search(arguments: SearchArguments) -> Table:
@@ -78,7 +84,7 @@ def search(arguments: SearchArguments) -> Table:
 
         queries = encode_item(Path(arguments.item or ""), index, arguments.model, arguments.dtype)
     name = arguments.id or arguments.item
-    table = Table(title=Text(f"Nearest to {name} of {len(index.ids):,} items"), title_justify="left")
+    table = Table(title=Text(f"Nearest to {name} of {len(index):,} items"), title_justify="left")
     for column in ("#", "score", "item_id", "title"):
         table.add_column(column, justify="right" if column in ("#", "score") else "left", overflow="fold")
     for number, near in enumerate(index.search(queries, arguments.k)[0], 1):
@@ -91,29 +97,40 @@ def printable(text: str) -> Text:
     return Text("".join(character if character.isprintable() else " " for character in text))
 
 
-def write(arguments: BuildArguments | ExportArguments) -> None:
-    """Build or export, and say what was written."""
+def write(arguments: BuildArguments | UpdateArguments | ExportArguments) -> None:
+    """Build, update or export, and say what was written."""
     if isinstance(arguments, ExportArguments):
-        count = export(
+        counts = export(
             arguments.embeddings,
             arguments.format,
             arguments.output,
             arguments.items,
             arguments.split,
             arguments.encoding,
+            arguments.since,
         )
-        print(f"{arguments.output}: {count:,} items for {arguments.format}")
+        deleted = f", {counts.deleted:,} to delete" if arguments.since else ""
+        print(f"{arguments.output}: {counts.written:,} items for {arguments.format}{deleted}")
+        return
+    if isinstance(arguments, UpdateArguments):
+        settings, place = update(arguments), arguments.index
+        changes = f", {settings['added']:,} added, {settings['dropped']:,} dropped"
     else:
-        settings = build(arguments)
-        print(f"{arguments.output}: {settings['items']:,} items, {settings['kind']}, {settings['width']} dimensions")
+        settings, place, changes = build(arguments), arguments.output, ""
+    print(f"{place}: {settings['items']:,} items, {settings['kind']}, {settings['width']} dimensions{changes}")
 
 
 @command("hub/index.py")
 def main(options: Sequence[str] | None = None) -> int | None:
     """Entry point."""
     given = sys.argv[1:] if options is None else list(options)
-    arguments_of = {"build": BuildArguments, "search": SearchArguments, "export": ExportArguments}
-    verb = given.pop(0) if given and given[0] in ("search", "export") else "build"
+    arguments_of = {
+        "build": BuildArguments,
+        "update": UpdateArguments,
+        "search": SearchArguments,
+        "export": ExportArguments,
+    }
+    verb = given.pop(0) if given and given[0] in arguments_of else "build"
     (arguments,) = parse(arguments_of[verb], options=given, prog=f"hub/index.py {verb}")
     if verb == "search":
         plain_console().print(search(arguments))
@@ -122,7 +139,17 @@ def main(options: Sequence[str] | None = None) -> int | None:
     return DONE
 
 
-__all__ = ["BuildArguments", "ExportArguments", "Index", "SearchArguments", "build", "main", "search"]
+__all__ = [
+    "BuildArguments",
+    "ExportArguments",
+    "Index",
+    "SearchArguments",
+    "UpdateArguments",
+    "build",
+    "main",
+    "search",
+    "update",
+]
 
 if __name__ == "__main__":
     sys.exit(main())

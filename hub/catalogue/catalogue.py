@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 from tqdm.auto import tqdm
 
 from hub.catalogue.earlier import EMBEDDING, VISUAL_EMBEDDING
@@ -40,6 +41,19 @@ class Batch:
     item_ids: pa.Array
     vectors: np.ndarray
     titles: pa.Array | None = None
+
+    def filter(self, wanted: pa.Array) -> "Batch":
+        """The items for which `wanted`, n booleans, is true."""
+        titles = None if self.titles is None else self.titles.filter(wanted)
+        return Batch(self.item_ids.filter(wanted), self.vectors[wanted.to_numpy(zero_copy_only=False)], titles)
+
+    def states(self) -> pa.Array:
+        """64 bits of each item's id and vector, by which an index or a database tells whether it has them: n uint64."""
+        rows = np.ascontiguousarray(self.vectors, dtype=np.float32)
+        pairs = zip(self.item_ids.to_pylist(), rows, strict=True)
+        return pa.array(
+            (xxhash.xxh3_64_intdigest(row.tobytes() + item_id.encode()) for item_id, row in pairs), pa.uint64()
+        )
 
     def metadata(self) -> dict[str, pa.Array]:
         """What is known of the items apart from their vectors, as columns."""

@@ -6,12 +6,14 @@ Vectors and ids are mapped into memory, not read.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hub.catalogue.catalogue import rows_of_ids
 from training.tables.commands.handler import about
@@ -41,7 +43,8 @@ class Index:
     Attributes:
         settings: what index.json holds: kind, metric, width, items, embedding, parameters, model, dtype, hashes.
         faiss_index: the index itself.
-        ids: `item_id` and perhaps `title` of each of its rows.
+        ids: `item_id`, `state` and perhaps `title` of each of its rows. A row without an id is of an item that an update
+            has dropped or moved: it is found by nobody.
     """
 
     settings: dict[str, Any]
@@ -95,11 +98,28 @@ class Index:
         """Of the vectors."""
         return self.settings["width"]
 
+    def __len__(self) -> int:
+        return self.settings["items"]
+
+    @cached_property
+    def _living(self) -> Any:
+        """FAISS's parameters that pass over dropped rows; None where there are none."""
+        ids = self.ids.column("item_id")
+        if not ids.null_count:
+            return None
+        mask = np.packbits(pc.is_valid(ids).to_numpy(), bitorder="little")
+        library: Any = faiss  # whose stubs don't know these
+        selected = library.IDSelectorBitmap(mask)
+        if self.settings["kind"] == "hnsw":
+            return library.SearchParametersHNSW(sel=selected, efSearch=self.faiss_index.hnsw.efSearch)
+        return library.SearchParametersIVF(sel=selected, nprobe=self.faiss_index.nprobe)
+
     def _search(self, vectors: np.ndarray, own_rows: Sequence[int | None], k: int) -> list[list[Neighbour]]:
         if vectors.ndim != 2 or vectors.shape[1] != self.width or not np.isfinite(vectors).all():
             raise ValueError(f"Queries of shape {vectors.shape}; expected finite vectors (n, {self.width}).")
         most = min(k + 1, len(self.ids))
-        scores, rows = self.faiss_index.search(np.ascontiguousarray(vectors, dtype=np.float32), most)
+        queries = np.ascontiguousarray(vectors, dtype=np.float32)
+        scores, rows = self.faiss_index.search(queries, most, params=self._living)
         results = []
         for row_scores, own, nearest in zip(scores.tolist(), own_rows, rows.tolist(), strict=True):
             others = [(row, score) for row, score in zip(nearest, row_scores, strict=True) if row not in (-1, own)][:k]

@@ -14,7 +14,7 @@ from hub.catalogue.earlier import EMBEDDING, VISUAL_EMBEDDING
 from hub.catalogue.index import IDS_FILE, INDEX_FILE, RECORD, hashes_of
 from training.tables.commands.files import write_json
 from training.tables.commands.outputs import Output, claimed
-from training.tables.items import load_items
+from training.tables.items import ItemTable, load_items
 
 
 PQ_BITS = 8
@@ -67,28 +67,43 @@ def build_from(catalogue: Catalogue, arguments: BuildArguments) -> dict[str, Any
         index = make_index(arguments.kind, catalogue.width, parameters)
         if not index.is_trained:
             index.train(sample(catalogue, column, count, parameters["training_items"]))
-        schema = pa.schema({"item_id": pa.string()} | ({"title": pa.string()} if table else {}))
-        with pa.OSFile(str(folder / IDS_FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as ids:
+        with pa.OSFile(str(folder / IDS_FILE), "wb") as sink, pa.ipc.new_file(sink, ids_schema(table)) as ids:
             for batch in catalogue.batches(column, table):
                 index.add(batch.vectors)
-                ids.write_batch(pa.record_batch(batch.metadata(), schema))
+                ids.write_batch(pa.record_batch(batch.metadata() | {"state": batch.states()}, ids_schema(table)))
         if arguments.kind == "ivf_pq":
             index.make_direct_map()  # so that an id can be searched
-        with (folder / INDEX_FILE).open("wb") as stream:  # by its name FAISS would only print that the disk is full
-            faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]  # not in its stubs
-        settings = {
-            "kind": arguments.kind,
-            "metric": "inner_product",
-            "width": catalogue.width,
-            "items": index.ntotal,
-            "embedding": column,
-            "parameters": parameters,
-            "model": catalogue.manifest["job"]["model"],
-            "dtype": catalogue.manifest["job"]["settings"]["dtype"],
-            "hashes": hashes_of(folder),
-            "faiss": faiss.__version__,
-        }
-        write_json(settings, folder / RECORD)
+        made = {"kind": arguments.kind, "embedding": column, "parameters": parameters, "items": index.ntotal}
+        return write_index(index, folder, made, catalogue)
+
+
+def ids_schema(table: ItemTable | None) -> pa.Schema:
+    """Of ids.arrow; titles are there where an item table is."""
+    titles = {} if table is None else {"title": pa.string()}
+    return pa.schema({"item_id": pa.string()} | titles | {"state": pa.uint64()})
+
+
+def write_index(index: Any, folder: Path, made: dict[str, Any], catalogue: Catalogue) -> dict[str, Any]:
+    """Write FAISS's part and the record of an index whose ids are there; returns what index.json holds.
+
+    Args:
+        made: kind, embedding, parameters and items.
+    """
+    with (folder / INDEX_FILE).open("wb") as stream:  # by its name FAISS would only print that the disk is full
+        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]  # not in its stubs
+    settings = {
+        "kind": made["kind"],
+        "metric": "inner_product",
+        "width": catalogue.width,
+        "items": made["items"],
+        "embedding": made["embedding"],
+        "parameters": made["parameters"],
+        "model": catalogue.manifest["job"]["model"],
+        "dtype": catalogue.manifest["job"]["settings"]["dtype"],
+        "hashes": hashes_of(folder),
+        "faiss": faiss.__version__,
+    }
+    write_json(settings, folder / RECORD)
     return settings
 
 

@@ -184,7 +184,7 @@ def add_state_routes(app: FastAPI, service: Service) -> None:
             status="ok",
             model=service.name,
             dimensions=service.batcher.encoder.width,
-            indexed_items=None if index is None else len(index.ids),
+            indexed_items=None if index is None else len(index),
         )
 
     @app.get("/metrics", tags=["state"])

@@ -274,7 +274,7 @@ def test_texts_of_a_catalogue_do_not_steer_the_terminal():
 
 
 def test_lancedb_finds_the_same(encoded, table, built, tmp_path):
-    assert export(str(encoded), "lancedb", str(tmp_path / "export"), str(table)) == 58
+    assert export(str(encoded), "lancedb", str(tmp_path / "export"), str(table)).written == 58
     files = pa.dataset.dataset(tmp_path / "export", format="parquet")
     there = lancedb.connect(tmp_path / "catalogue").create_table("items", files)
     index = Index.load(built)

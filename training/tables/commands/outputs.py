@@ -224,7 +224,7 @@ def _kinds_of(folder: Path) -> tuple[str, ...]:
     if (folder / "semantic_ids.json").is_file():
         return ("semantic_ids.json", "codes.parquet", "codebooks.safetensors")
     if (folder / "_export.json").is_file():
-        return ("_export.json", "vectors-*.parquet")
+        return ("_export.json", "_items.parquet", "_deletes.parquet", "vectors-*.parquet")
     if _is_model(folder):
         return MODEL_FILES
     return ()

@@ -151,7 +151,7 @@ def run_command(line: str) -> None:
 @pytest.mark.parametrize("readme", READMES)
 def test_what_a_readme_shows_works(readme, clone, monkeypatch):
     monkeypatch.chdir(clone)
-    if "hub/assemble.py" not in (ROOT / readme).read_text(encoding="utf-8"):
+    if readme == "training/README.md":
         shutil.copytree("runs/demo/base", "models/base")  # another README makes it, and the pairs
         shutil.copy("train_pairs.parquet", "pairs.parquet")
     names: dict = {"query": [0.0] * 24, "embeddings": np.zeros((2, 24))}

@@ -68,7 +68,9 @@ def export(
             for number, batch in enumerate(catalogue.batches(items=table)):
                 now = _states(batch)
                 states.write_table(now)
-                changed = batch.filter(pc.invert(pc.is_in(now["state"].combine_chunks(), known["state"].combine_chunks())))
+                changed = batch.filter(
+                    pc.invert(pc.is_in(now["state"].combine_chunks(), known["state"].combine_chunks()))
+                )
                 if len(changed.item_ids):
                     write_parquet(FORMATS[name](changed), folder / f"vectors-{number:05d}.parquet")
                     written += len(changed.item_ids)

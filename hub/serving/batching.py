@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import numpy as np
+from PIL import Image
 
 from hub.catalogue.encoder import EncodedBlock, ItemEncoder, Place, PreparedBlock
 from hub.serving.limits import RequestError
 from hub.serving.metrics import Metrics
+from modeling_notellm2.images_notellm2 import image_sources
 from modeling_notellm2.pixels_notellm2 import join_pictures
 from training.tables.items import Item
 
@@ -99,7 +101,7 @@ class Batcher:
         """Embeddings of a request's items.
 
         Args:
-            items: by where they stand in the request.
+            items: by where they stand in the request; their pictures are closed.
 
         Raises:
             RequestError: naming the first item that can't be embedded; or when the queue is full.
@@ -154,6 +156,9 @@ class Batcher:
             return reader.prepare(0, [(Place("", "", 0), item)])
         finally:
             self._processors.put(reader)
+            for picture in image_sources(item.get("image")):
+                if isinstance(picture, Image.Image):
+                    picture.close()  # a request may have hundreds, each of which would keep its pixels until the end
 
     def _model(self, blocks: Sequence[PreparedBlock]) -> EncodedBlock:
         return self.encoder.embed(joined(blocks))

@@ -19,6 +19,7 @@ class Limits:
     Attributes:
         body_bytes: of a request, and of a picture from elsewhere.
         all_bodies: bytes of all requests that are being read or answered.
+        containers: lists and objects of a body, by its brackets; to read millions of them would hold up all others.
         body_seconds: until a request's body must have arrived.
         pixels: of all pictures of an item, which are open at once.
         characters: of all texts of an item.
@@ -29,6 +30,7 @@ class Limits:
 
     body_bytes: int = 32 * 2**20
     all_bodies: int = 512 * 2**20
+    containers: int = 500_000
     body_seconds: float = 30.0
     pixels: int = 25_000_000
     characters: int = 100_000
@@ -100,16 +102,19 @@ class WholeBodies:
             try:
                 async with asyncio.timeout(self.limits.body_seconds):
                     arrived = await self._read(scope, receive, chunks)
+                body = b"".join(chunks)
+                if body.count(b"[") + body.count(b"{") > self.limits.containers:
+                    raise RequestError(400, f"the body has more than {self.limits.containers:,} brackets.")
             except TimeoutError:
                 late = f"the body did not arrive within {self.limits.body_seconds:g} s."
                 arrived = await _refuse(RequestError(408, late), scope, receive, send)
             except RequestError as error:
                 arrived = await _refuse(error, scope, receive, send)
             if arrived:
-                body = iter([{"type": "http.request", "body": b"".join(chunks), "more_body": False}])
+                whole = iter([{"type": "http.request", "body": body, "more_body": False}])
 
                 async def receive_whole() -> Message:
-                    return next(body, None) or await receive()
+                    return next(whole, None) or await receive()
 
                 await self.app(scope, receive_whole, send)
         finally:

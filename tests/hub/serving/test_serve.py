@@ -280,6 +280,7 @@ def test_lists_of_thousands_of_thousands_hold_up_no_other(server):
         ("/v1/embeddings", {"input": [{"type": "text", "text": ""}] * many}, "at most 256"),
         ("/v1/embeddings", {"input": ["a", [{"type": "text", "text": ""}] * many]}, "at most 256"),
         ("/embed", {"items": [{}] * many}, "at most 10000"),
+        ("/embed", {"items": [[]] * 3 * many}, "more than 500,000 brackets"),
         ("/embed", {"items": [{"title": "a", "topics": [""] * many}]}, "at most 10000"),
         ("/embed", {"items": [{"image": [""] * many}]}, "items[0].image"),
     ):

@@ -1,12 +1,14 @@
 """Pictures from elsewhere, and batches, without a server around them."""
 
 import asyncio
+import io
 import socket
 from dataclasses import replace
 
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from hub.catalogue.encoder import ItemEncoder
 from hub.serving import pictures as pictures_module
@@ -170,6 +172,14 @@ def test_batches_keep_to_their_tokens(batcher, monkeypatch):
     assert all(len(result) == 1 for result in results) and sum(count for count, _ in sizes) == 12
     assert all(count == 1 or count * longest <= 400 for count, longest in sizes)
     assert max(count for count, _ in sizes) > 1
+
+
+def test_no_picture_keeps_its_pixels_while_its_request_waits(batcher):
+    items = [{"title": "a", "image": [Image.open(io.BytesIO(png(number))) for number in (1, 2)]} for _ in range(3)]
+    assert all(len(result) == 1 for result in embed_all(batcher, items))
+    for picture in (picture for item in items for picture in item["image"]):
+        with pytest.raises(ValueError, match="closed"):
+            picture.getpixel((0, 0))
 
 
 def test_where_the_model_fails_for_one_the_others_of_its_batch_are_answered(batcher, monkeypatch):

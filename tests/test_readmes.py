@@ -45,9 +45,10 @@ STAND_INS = {
 
 SHORTER = {
     "training/run.py": ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report", "false"],
+    "training/align.py": ["--steps", "2", "--batch_size", "4", "--caption_weight", "0"],
     "hub/serve.py": ["--port", "0"],
 }
-"""Options that end a command sooner, or keep it from others' way."""
+"""Options that end a command sooner, or keep it from others' way; the tiny LLM has no output layer to write captions with."""
 
 ELSEWHERE = {
     "hub/app.py": "it serves until it is stopped: tests/hub/pages/test_app.py",

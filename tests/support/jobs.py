@@ -20,6 +20,7 @@ import hub.gallery
 import hub.index
 import hub.publish
 import hub.semantic_ids
+import training.align
 import training.evaluate
 import training.hard_negatives
 import training.mine
@@ -60,6 +61,13 @@ JOBS = {
         TRAIN,
         ("run/model/*", "run/rejects.jsonl"),
         ("run/rejects.jsonl", "run/checkpoint-*"),
+    ),
+    "align": Job(
+        training.align.main,
+        "--model INPUTS/model --items INPUTS/items.parquet --output PLACE/model --vision_cache_dir PLACE/vision --steps 3 "
+        "--batch_size 2 --caption_weight 0 --dtype float32",
+        ("model/*.safetensors", "model/config.json"),
+        ("vision/*",),
     ),
     "evaluate": Job(
         training.evaluate.main,

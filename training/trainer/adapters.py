@@ -54,7 +54,8 @@ def load_trainable(arguments: ModelArguments, compute_dtype: torch.dtype = torch
     if arguments.load_in_4bit:
         options["quantization_config"] = quantization(compute_dtype)
     model = _load(arguments, adapted, options)
-    unwrap_adapter(model).try_attention()
+    if arguments.text_attention:  # a folder's own code may be older than this option
+        unwrap_adapter(model).try_attention()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -59,7 +59,7 @@ lint: $(FOR_TEST)
 
 bench: $(FOR_TEST)
 	$(BIN)/python -m tests.benchmarks --output runs/bench.json
-	@for table in bench_encode bench_serve bench_retrieval item_table_memory loss_at_scale mining_scale; do \
+	@for table in bench_encode bench_update bench_serve bench_retrieval item_table_memory loss_at_scale mining_scale; do \
 		echo "== $$table"; $(BIN)/python -m tests.benchmarks.$$table || exit 1; done
 
 clean:

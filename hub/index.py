@@ -22,6 +22,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from hub.catalogue.catalogue import TitleArguments
 from hub.catalogue.exports import FORMATS, export
 from hub.catalogue.index import Index
 from hub.catalogue.index_building import BuildArguments, build
@@ -57,15 +58,12 @@ class SearchArguments:
 
 
 @dataclass
-class ExportArguments:
+class ExportArguments(TitleArguments):
     """What to export, and for which database."""
 
     embeddings: str = field(metadata={"help": "Folder that hub/encode.py wrote."})
     output: str = field(metadata={"help": "Folder to write. An earlier export there is replaced."})
     format: str = field(metadata={"help": "The database that shall load it.", "choices": list(FORMATS)})
-    items: str | None = field(default=None, metadata={"help": "The item table that was encoded, for titles."})
-    split: str | None = field(default=None, metadata={"help": "Its split, as it was encoded."})
-    encoding: str | None = field(default=None, metadata={"help": "Its encoding, as it was encoded."})
     since: str | None = field(
         default=None,
         metadata={"help": "An earlier export: only what a database that has loaded it must insert and delete."},

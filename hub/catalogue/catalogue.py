@@ -6,7 +6,7 @@ side and nothing has to be looked up.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ import pyarrow.parquet as pq
 import xxhash
 from tqdm.auto import tqdm
 
-from hub.catalogue.earlier import EMBEDDING, VISUAL_EMBEDDING
-from hub.catalogue.shards import MANIFEST, ShardError, read_manifest
+from hub.catalogue.shards import EMBEDDING, MANIFEST, VISUAL_EMBEDDING, ShardError, read_manifest, vectors_of
 from training.tables.commands.files import atomic_write
 from training.tables.commands.hashes import file_sha256
 from training.tables.commands.outputs import Output, check_strangers
-from training.tables.items import ItemTable
+from training.tables.items import ItemTable, load_items
 
 
 READ_ROWS = 65536
@@ -127,12 +126,28 @@ class Catalogue:
             names = ["item_id", column, *(["has_image"] if column == VISUAL_EMBEDDING else [])]
             for rows in file.iter_batches(READ_ROWS, columns=names):
                 rows_with_vector = rows.filter(rows.column("has_image")) if column == VISUAL_EMBEDDING else rows
-                flat = rows_with_vector.column(column).flatten().to_numpy(zero_copy_only=False)
-                vectors = flat.astype(np.float32).reshape(len(rows_with_vector), self.width) / np.float32(
-                    self.manifest["scale"]
-                )
+                vectors = vectors_of(rows_with_vector.column(column), self.manifest["scale"])
                 if len(rows_with_vector):
                     yield Batch(rows_with_vector.column("item_id"), vectors)
+
+
+@dataclass(kw_only=True)
+class TitleArguments:
+    """Where an index or an export has titles from."""
+
+    items: str | None = field(default=None, metadata={"help": "The item table that was encoded, for titles."})
+    split: str | None = field(default=None, metadata={"help": "Its split, as it was encoded."})
+    encoding: str | None = field(default=None, metadata={"help": "Its encoding, as it was encoded."})
+
+    def table(self) -> ItemTable | None:
+        """The item table; None where titles are not wanted.
+
+        Raises:
+            TableError: for a table that can't be read.
+        """
+        if not self.items:
+            return None
+        return load_items(self.items, self.split, check_images=False, encoding=self.encoding)[0]
 
 
 class _Titles:

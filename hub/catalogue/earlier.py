@@ -16,15 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from hub.catalogue.shards import CONTENT_HASH, EMBEDDING, VISUAL_EMBEDDING, ShardError, vectors_of
 from modeling_notellm2 import ItemError
 from modeling_notellm2.images_notellm2 import check_regular_file, image_sources
+from training.tables.commands.hashes import file_xxh3
 from training.tables.items import Item
 
 
-EMBEDDING, VISUAL_EMBEDDING, CONTENT_HASH = "embedding", "visual_embedding", "content_hash"
-"""Columns of a shard."""
 READ_FIELDS = ("title", "topics", "content")
-READ_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,17 @@ class Earlier:
     scale: int
 
     @classmethod
-    def open(cls, folder: Path, manifest: Mapping[str, Any]) -> "Earlier | None":
-        """Reads the ids and contents of a whole catalogue; None for one of an older program, which wrote no contents."""
+    def open(cls, folder: Path, manifest: Mapping[str, Any]) -> "Earlier":
+        """Reads the ids and contents of a whole catalogue.
+
+        Raises:
+            ShardError: for one of an older program, which wrote no contents.
+        """
         names, starts, keys = sorted(manifest["shards"]), [0], []
         for name in names:
             with pq.ParquetFile(folder / name) as file:
                 if CONTENT_HASH not in file.schema_arrow.names:
-                    return None
+                    raise ShardError("the earlier version doesn't say what its items held")
                 columns = file.read(["item_id", CONTENT_HASH]).to_pydict()
             pairs = zip(columns["item_id"], columns[CONTENT_HASH], strict=True)
             keys.append(np.fromiter((_key(item_id, content or b"") for item_id, content in pairs), np.uint64))
@@ -93,10 +96,7 @@ class Earlier:
         )
 
     def _vector(self, table: pa.Table, column: str, row: int) -> np.ndarray:
-        stored = table[column].chunk(0)
-        width = stored.type.list_size
-        values = stored.values.slice(row * width, width).to_numpy(zero_copy_only=False)
-        return values.astype(np.float32) / np.float32(self.scale)
+        return vectors_of(table[column].chunk(0).slice(row, 1), self.scale)[0]
 
 
 def content_hash(item: Item) -> bytes | None:
@@ -121,11 +121,7 @@ def _picture_hash(source: bytes | str) -> bytes:
     if isinstance(source, bytes):
         return xxhash.xxh3_128_digest(source)
     check_regular_file(source)
-    digest = xxhash.xxh3_128()
-    with Path(source).open("rb") as stream:
-        while part := stream.read(READ_BYTES):
-            digest.update(part)
-    return digest.digest()
+    return bytes.fromhex(file_xxh3(Path(source)))
 
 
 def _key(item_id: str, content: bytes) -> int:

@@ -6,7 +6,7 @@ them goes a `PreparedBlock`. A row that can't be used becomes a `Reject`, and it
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,11 +26,15 @@ from training.tables.rejects import Reject, Rejects
 
 @dataclass(frozen=True)
 class Place:
-    """Where an item stands: its id, the file (or split) of its table, and the row in it, from 0."""
+    """Where an item stands: its id, the file (or split) of its table, and the row in it, from 0.
+
+    `content` is the hash of what it holds, where that is to be stored.
+    """
 
     item_id: str
     file: str
     row: int
+    content: bytes | None = None
 
     def rejected(self, reason: str) -> Reject:
         """The item, or a picture of it, as left out."""
@@ -39,10 +43,9 @@ class Place:
 
 @dataclass(frozen=True)
 class CopiedItem:
-    """An item that holds what it held in an earlier version: its place, the hash of that, and what was known."""
+    """An item that holds what it held in an earlier version: its place, and what was known."""
 
     place: Place
-    content: bytes
     known: Known
 
 
@@ -58,7 +61,6 @@ class PreparedBlock:
         num_images: of each.
         pictures: what the model takes of the pictures of each batch, in their order; empty for a batch without any.
         rejects: rows left out so far.
-        contents: hash of what each holds; None where that can't be told.
         copied: items whose vectors are known from an earlier version, by their position among the items in table order.
     """
 
@@ -69,8 +71,7 @@ class PreparedBlock:
     num_images: list[int]
     pictures: list[dict[str, torch.Tensor]]
     rejects: list[Reject]
-    contents: list[bytes | None]
-    copied: dict[int, CopiedItem]
+    copied: dict[int, CopiedItem] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class EncodedBlock:
         visual_embeddings: `(n, d)` float32, zeros where there is no image; None if not asked for.
         has_image: `(n,)` bool.
         rejects: rows left out.
-        contents: n hashes of what the items hold.
+        contents: n hashes of what the items hold; none where they are not stored.
         copied: how many of them were taken from an earlier version.
     """
 
@@ -94,8 +95,8 @@ class EncodedBlock:
     visual_embeddings: np.ndarray | None
     has_image: np.ndarray
     rejects: list[Reject]
-    contents: list[bytes | None]
-    copied: int
+    contents: list[bytes | None] = field(default_factory=list)
+    copied: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,15 +150,14 @@ class ItemEncoder:
             known_rejects: rows among them that were left out before.
             earlier: version of the catalogue from which vectors of unchanged items are taken.
         """
-        places, prepared, contents = [], [], []
+        places, prepared = [], []
         positions: list[int] = []
         copied: dict[int, CopiedItem] = {}
         new_rejects: list[Reject] = []
         for place, item in items:
-            content = content_hash(item)
-            known = earlier.find(place.item_id, content) if earlier and content else None
-            if content and known:
-                copied[len(positions) + len(copied)] = CopiedItem(place, content, known)
+            known = earlier.find(place.item_id, place.content) if earlier and place.content else None
+            if known:
+                copied[len(positions) + len(copied)] = CopiedItem(place, known)
                 continue
             try:
                 opened, faults = _with_open_pictures(item)
@@ -167,8 +167,7 @@ class ItemEncoder:
                 new_rejects.append(place.rejected(_reason(error)))
                 continue
             positions.append(len(positions) + len(copied))
-            places.append(place)
-            contents.append(None if faults else content)  # the next version lists its faults again
+            places.append(replace(place, content=None) if faults else place)  # the next version lists its faults again
         rejects = (
             sorted([*known_rejects, *new_rejects], key=lambda reject: reject.row)
             if new_rejects
@@ -185,7 +184,6 @@ class ItemEncoder:
             [prepared[at]["num_images"][0] for at in order],
             [_pictures_of([prepared[at] for at in batch]) for batch in batches],
             rejects,
-            [contents[at] for at in order],
             copied,
         )
 
@@ -203,24 +201,24 @@ class ItemEncoder:
             if item.known.visual_embedding is not None:
                 visual[at] = item.known.visual_embedding
         finite = np.isfinite(np.concatenate([embeddings, visual], axis=1)).all(axis=1).reshape(-1)
-        fresh = zip(block.places, block.contents, np.array(block.num_images) > 0, strict=True)
+        fresh = zip(block.places, np.array(block.num_images) > 0, strict=True)
         of_position = dict(zip(block.order, fresh, strict=True))
-        of_position |= {at: (item.place, item.content, item.known.has_image) for at, item in block.copied.items()}
+        of_position |= {at: (item.place, item.known.has_image) for at, item in block.copied.items()}
         in_order = [of_position[at] for at in range(count)]
         usable = [entry for entry, is_finite in zip(in_order, finite, strict=True) if is_finite]
         lost = [
             place.rejected(f"the model's embedding is not finite in {self.dtype}")
-            for (place, _, _), is_finite in zip(in_order, finite, strict=True)
+            for (place, _), is_finite in zip(in_order, finite, strict=True)
             if not is_finite
         ]
         return EncodedBlock(
             block.number,
-            [place.item_id for place, _, _ in usable],
+            [place.item_id for place, _ in usable],
             embeddings[finite],
             visual[finite] if self.visual else None,
-            np.array([has_image for _, _, has_image in usable], dtype=bool),
+            np.array([has_image for _, has_image in usable], dtype=bool),
             [*block.rejects, *lost],
-            [content for _, content, _ in usable],
+            [place.content for place, _ in usable],
             len(block.copied),
         )
 
@@ -283,7 +281,8 @@ class Rows:
 
     def prepare(self, encoder: ItemEncoder, number: int, rows: tuple[int, int]) -> PreparedBlock:
         """A block of rows, ready for the model."""
-        return encoder.prepare(number, items_between(self.items, *rows), self.rejects.between(*rows), self.earlier)
+        items = ((replace(place, content=content_hash(item)), item) for place, item in items_between(self.items, *rows))
+        return encoder.prepare(number, items, self.rejects.between(*rows), self.earlier)
 
 
 def _with_open_pictures(item: Item) -> tuple[Item, list[str]]:

@@ -16,11 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from hub.catalogue.catalogue import Batch, Catalogue, new_folder
+from hub.catalogue.catalogue import Batch, Catalogue, TitleArguments, new_folder
 from hub.catalogue.shards import embeddings_array, write_parquet
 from training.tables.commands.files import write_json
 from training.tables.commands.outputs import Output, claimed
-from training.tables.items import load_items
 
 
 RECORD, ITEMS, DELETES = "_export.json", "_items.parquet", "_deletes.parquet"
@@ -61,16 +60,15 @@ def export(
     """
     with claimed([Output("--output", Path(output))], (embeddings, items, since)), new_folder(Path(output)) as folder:
         catalogue = Catalogue.open(embeddings)
-        table = load_items(items, split, check_images=False, encoding=encoding)[0] if items else None
+        table = TitleArguments(items=items, split=split, encoding=encoding).table()
         known = _known(Path(since), name, catalogue.width, titles=table is not None) if since else STATES.empty_table()
+        known_states = known["state"].combine_chunks()
         written = 0
         with pq.ParquetWriter(folder / ITEMS, STATES) as states:
             for number, batch in enumerate(catalogue.batches(items=table)):
                 now = _states(batch)
-                states.write_table(now)
-                changed = batch.filter(
-                    pc.invert(pc.is_in(now["state"].combine_chunks(), known["state"].combine_chunks()))
-                )
+                states.write_batch(now)
+                changed = batch.filter(pc.invert(pc.is_in(now["state"], known_states)))
                 if len(changed.item_ids):
                     write_parquet(FORMATS[name](changed), folder / f"vectors-{number:05d}.parquet")
                     written += len(changed.item_ids)
@@ -98,7 +96,7 @@ def _known(since: Path, name: str, width: int, titles: bool) -> pa.Table:
     return pq.read_table(since / ITEMS)
 
 
-def _states(batch: Batch) -> pa.Table:
+def _states(batch: Batch) -> pa.RecordBatch:
     """Ids, and 64 bits of what a database gets of each item."""
     states = batch.states()
     if batch.titles is not None:
@@ -106,7 +104,7 @@ def _states(batch: Batch) -> pa.Table:
         states = pa.array(
             (xxhash.xxh3_64_intdigest(f"{state} {title}".encode()) for state, title in pairs), pa.uint64()
         )
-    return pa.table({"item_id": batch.item_ids, "state": states}, STATES)
+    return pa.record_batch({"item_id": batch.item_ids, "state": states}, STATES)
 
 
 def _keys(name: str, item_ids: pa.Array) -> dict[str, list[str]]:

@@ -9,12 +9,12 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from hub.catalogue.catalogue import Catalogue, new_folder, vectors_at
-from hub.catalogue.earlier import EMBEDDING, VISUAL_EMBEDDING
+from hub.catalogue.catalogue import Catalogue, TitleArguments, new_folder, vectors_at
 from hub.catalogue.index import IDS_FILE, INDEX_FILE, RECORD, hashes_of
+from hub.catalogue.shards import EMBEDDING, VISUAL_EMBEDDING
 from training.tables.commands.files import write_json
 from training.tables.commands.outputs import Output, claimed
-from training.tables.items import ItemTable, load_items
+from training.tables.items import ItemTable
 
 
 PQ_BITS = 8
@@ -23,7 +23,7 @@ POINTS_PER_CENTROID = 39
 
 
 @dataclass
-class BuildArguments:
+class BuildArguments(TitleArguments):
     """What to index, and how."""
 
     embeddings: str = field(metadata={"help": "Folder that hub/encode.py wrote."})
@@ -37,9 +37,6 @@ class BuildArguments:
         },
     )
     visual: bool = field(default=False, metadata={"help": "Index the visual embeddings, of items with an image."})
-    items: str | None = field(default=None, metadata={"help": "The item table that was encoded, for titles."})
-    split: str | None = field(default=None, metadata={"help": "Its split, as it was encoded."})
-    encoding: str | None = field(default=None, metadata={"help": "Its encoding, as it was encoded."})
 
 
 def build(arguments: BuildArguments) -> dict[str, Any]:
@@ -50,30 +47,35 @@ def build(arguments: BuildArguments) -> dict[str, Any]:
             can't be written to.
     """
     with claimed([Output("--output", Path(arguments.output))], (arguments.embeddings, arguments.items)):
-        return build_from(Catalogue.open(arguments.embeddings), arguments)
+        column = VISUAL_EMBEDDING if arguments.visual else EMBEDDING
+        catalogue = Catalogue.open(arguments.embeddings)
+        return build_from(catalogue, column, arguments.table(), arguments.kind, Path(arguments.output))
 
 
-def build_from(catalogue: Catalogue, arguments: BuildArguments) -> dict[str, Any]:
-    """What `build` does, of an encoded catalogue."""
-    table = None
-    if arguments.items:
-        table, _ = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
-    column = VISUAL_EMBEDDING if arguments.visual else EMBEDDING
+def build_from(catalogue: Catalogue, column: str, table: ItemTable | None, kind: str, output: Path) -> dict[str, Any]:
+    """What `build` does, of an encoded catalogue.
+
+    Args:
+        column: "embedding" or "visual_embedding".
+        table: the item table that was encoded, for titles.
+        kind: of `BuildArguments`.
+        output: folder to write.
+    """
     count = len(catalogue)
-    if arguments.visual:
+    if column == VISUAL_EMBEDDING:
         count = sum(len(batch.item_ids) for batch in catalogue.batches(column))
-    parameters = choose_parameters(arguments.kind, count, catalogue.width)
-    with new_folder(Path(arguments.output)) as folder:
-        index = make_index(arguments.kind, catalogue.width, parameters)
+    parameters = choose_parameters(kind, count, catalogue.width)
+    with new_folder(output) as folder:
+        index = make_index(kind, catalogue.width, parameters)
         if not index.is_trained:
             index.train(sample(catalogue, column, count, parameters["training_items"]))
         with pa.OSFile(str(folder / IDS_FILE), "wb") as sink, pa.ipc.new_file(sink, ids_schema(table)) as ids:
             for batch in catalogue.batches(column, table):
                 index.add(batch.vectors)
                 ids.write_batch(pa.record_batch(batch.metadata() | {"state": batch.states()}, ids_schema(table)))
-        if arguments.kind == "ivf_pq":
+        if kind == "ivf_pq":
             index.make_direct_map()  # so that an id can be searched
-        made = {"kind": arguments.kind, "embedding": column, "parameters": parameters, "items": index.ntotal}
+        made = {"kind": kind, "embedding": column, "parameters": parameters, "items": index.ntotal}
         return write_index(index, folder, made, catalogue)
 
 

@@ -13,13 +13,12 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from hub.catalogue.catalogue import Catalogue, new_folder
-from hub.catalogue.earlier import VISUAL_EMBEDDING
+from hub.catalogue.catalogue import Catalogue, TitleArguments, new_folder
 from hub.catalogue.index import IDS_FILE, INDEX_FILE, Index
-from hub.catalogue.index_building import BuildArguments, build_from, ids_schema, write_index
+from hub.catalogue.index_building import build_from, ids_schema, write_index
 from training.tables.commands.handler import OptionError
 from training.tables.commands.outputs import Output, claimed
-from training.tables.items import ItemTable, load_items
+from training.tables.items import ItemTable
 
 
 MOST_DROPPED = 0.2
@@ -27,14 +26,11 @@ MOST_DROPPED = 0.2
 
 
 @dataclass
-class UpdateArguments:
+class UpdateArguments(TitleArguments):
     """Which index, and the vectors that it shall hold."""
 
     index: str = field(metadata={"help": "Folder of an index; the new version takes its place as a whole."})
     embeddings: str = field(metadata={"help": "Folder that hub/encode.py wrote."})
-    items: str | None = field(default=None, metadata={"help": "The item table that was encoded, for titles."})
-    split: str | None = field(default=None, metadata={"help": "Its split, as it was encoded."})
-    encoding: str | None = field(default=None, metadata={"help": "Its encoding, as it was encoded."})
 
 
 def update(arguments: UpdateArguments) -> dict[str, Any]:
@@ -50,24 +46,11 @@ def update(arguments: UpdateArguments) -> dict[str, Any]:
         if "title" in old.ids.column_names and not arguments.items:
             raise OptionError(f"{output} has titles: pass --items with the table that was encoded.")
         catalogue = Catalogue.open(arguments.embeddings)
-        settings = old.settings
-        table = None
-        if arguments.items:
-            table, _ = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
-        rows = _Rows(old, catalogue, settings["embedding"])
-        if settings["kind"] == "flat" or rows.are_another_index or rows.dropped > MOST_DROPPED * rows.all_rows:
-            made = build_from(
-                catalogue,
-                BuildArguments(
-                    arguments.embeddings,
-                    arguments.index,
-                    settings["kind"],
-                    settings["embedding"] == VISUAL_EMBEDDING,
-                    arguments.items,
-                    arguments.split,
-                    arguments.encoding,
-                ),
-            )
+        table = arguments.table()
+        kind, column = old.settings["kind"], old.settings["embedding"]
+        rows = _Rows(old, catalogue, column)
+        if kind == "flat" or rows.are_another_index or rows.dropped > MOST_DROPPED * rows.all_rows:
+            made = build_from(catalogue, column, table, kind, output)
         else:
             with new_folder(output) as folder:
                 made = _updated(old, output, folder, rows, catalogue, table)
@@ -128,11 +111,12 @@ def _updated(
         behind += int(new.sum())
         places.append(at)
         parts.append(pa.record_batch(batch.metadata() | {"state": states}, schema))
+    rows_of_items = np.concatenate(places)
     position = np.full(behind, -1)
-    position[np.concatenate(places)] = np.arange(len(catalogue_rows := np.concatenate(places)))
+    position[rows_of_items] = np.arange(len(rows_of_items))
     ids = pa.Table.from_batches(parts, schema).combine_chunks()
     taken = ids.take(pa.array(np.where(position < 0, 0, position), mask=position < 0))
     with pa.OSFile(str(folder / IDS_FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
         file.write_table(taken)
     made = {name: old.settings[name] for name in ("kind", "embedding", "parameters")}
-    return write_index(index, folder, {**made, "items": len(catalogue_rows)}, catalogue)
+    return write_index(index, folder, {**made, "items": len(rows_of_items)}, catalogue)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hub.catalogue.earlier import VISUAL_EMBEDDING
 from hub.catalogue.encoder import ItemEncoder, Place
 from hub.catalogue.encoding import describe_model, find_model, model_changes
 from hub.catalogue.index import Index
+from hub.catalogue.shards import VISUAL_EMBEDDING
 from modeling_notellm2.texts_notellm2 import CellError
 from training.tables.columns import item_of
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # who reads a catalogue needs no torch
     from hub.catalogue.encoder import EncodedBlock
 
 
+EMBEDDING, VISUAL_EMBEDDING, CONTENT_HASH = "embedding", "visual_embedding", "content_hash"
+"""Columns of a shard."""
 MANIFEST = "manifest.json"
 REJECTS = "rejects.parquet"
 INT8_SCALE = 127
@@ -218,18 +220,28 @@ def embeddings_array(values: np.ndarray, embedding_type: str) -> pa.FixedSizeLis
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
+def vectors_of(column: pa.FixedSizeListArray, scale: int) -> np.ndarray:
+    """What `embeddings_array` has stored: `(n, d)` float32.
+
+    Args:
+        scale: what stored numbers are divided by, as the manifest says.
+    """
+    flat = column.flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float32).reshape(len(column), column.type.list_size) / np.float32(scale)
+
+
 def _shard_table(blocks: "list[EncodedBlock]", embedding_type: str) -> pa.Table:
     embeddings = np.concatenate([block.embeddings for block in blocks])
     columns = {
         "item_id": pa.array([item_id for block in blocks for item_id in block.item_ids], pa.string()),
-        "embedding": embeddings_array(embeddings, embedding_type),
+        EMBEDDING: embeddings_array(embeddings, embedding_type),
     }
     contents = [content for block in blocks for content in block.contents]
     visual = [block.visual_embeddings for block in blocks if block.visual_embeddings is not None]
     if visual:
-        columns["visual_embedding"] = embeddings_array(np.concatenate(visual), embedding_type)
+        columns[VISUAL_EMBEDDING] = embeddings_array(np.concatenate(visual), embedding_type)
         columns["has_image"] = pa.array(np.concatenate([block.has_image for block in blocks]))
-    columns["content_hash"] = pa.array(contents, pa.binary(16))
+    columns[CONTENT_HASH] = pa.array(contents, pa.binary(16))
     rejects = [
         {"item_id": "".join(reject.ids), "file": reject.file, "row": reject.row, "reason": reject.reason}
         for block in blocks

@@ -78,24 +78,26 @@ def version_to_write(output: Path, job: Mapping[str, Any], update: bool) -> Iter
 
 def _usable(output: Path, manifest: Mapping[str, Any], job: Mapping[str, Any]) -> Earlier | None:
     """What of the earlier version can be used; says why nothing can."""
-    old, new = manifest["job"], job
-    if not manifest["complete"]:
-        reason = "the earlier job is not finished"
-    elif old["model"]["sha256"] != new["model"]["sha256"]:
-        reason = "the model is another"
-    elif changed := [name for name in COMPARED if old["settings"].get(name) != new["settings"][name]]:
-        reason = f"--{changed[0]} was {old['settings'].get(changed[0])}"
-    else:
+    reason = _against(manifest, job)
+    if reason is None:
         try:
-            earlier = Earlier.open(Catalogue.open(output).folder, manifest)
+            Catalogue.open(output)  # its shards are whole
+            return Earlier.open(output, manifest)
         except ShardError as error:  # it goes anyway
-            earlier, reason = None, str(error)
-        else:
-            reason = "the earlier version doesn't say what its items held"
-        if earlier is not None:
-            return earlier
+            reason = str(error)
     print(f"{ALL_ANEW} {reason.rstrip('.')}.")
     return None
+
+
+def _against(manifest: Mapping[str, Any], job: Mapping[str, Any]) -> str | None:
+    """Why a new job would give the same items other vectors; None where it wouldn't."""
+    old = manifest["job"]
+    if not manifest["complete"]:
+        return "the earlier job is not finished"
+    if old["model"]["sha256"] != job["model"]["sha256"]:
+        return "the model is another"
+    changed = [name for name in COMPARED if old["settings"].get(name) != job["settings"][name]]
+    return f"--{changed[0]} was {old['settings'].get(changed[0])}" if changed else None
 
 
 def _check_strangers(output: Path) -> None:

@@ -9,8 +9,8 @@ import pyarrow as pa
 import xxhash
 
 from hub.catalogue.catalogue import Catalogue, new_folder, vectors_at
-from hub.catalogue.earlier import EMBEDDING, VISUAL_EMBEDDING
 from hub.catalogue.encoding import model_changes
+from hub.catalogue.shards import EMBEDDING, VISUAL_EMBEDDING
 from hub.codes.codebooks import Codebooks
 from hub.codes.quality import POOL, measure
 from hub.codes.table import SemanticIds, with_digits

@@ -8,7 +8,7 @@ import yaml
 from hub.cards.model import check_id
 from hub.publishing.checks import RefusedError, file_faults
 from hub.publishing.sending import Publication
-from hub.publishing.space import ROOT, check_model_id, code_files, index_files
+from hub.publishing.space import ROOT, check_model_id, code_files, index_files, write_texts
 
 
 DOCKERFILE = ROOT / "hub" / "serving" / "Dockerfile"
@@ -59,9 +59,7 @@ def prepare_server(details: ServerDetails, staging: Path) -> Publication:
         "Dockerfile": "\n".join([DOCKERFILE.read_text(encoding="utf-8"), "# This Space's own.", *lines, ""]),
         "README.md": _readme(details),
     }
-    for name, text in texts.items():
-        (staging / name).write_text(text, encoding="utf-8")
-        files[name] = staging / name
+    files |= write_texts(texts, staging)
     if faults := file_faults(files):
         raise RefusedError(faults)
     return Publication("space", files, ("index/*",), sdk="docker")

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -84,12 +85,17 @@ def prepare_space(details: SpaceDetails, staging: Path, rejects: Path) -> Public
             loaded = load_items(details.items, details.split, check_images=False, encoding=details.encoding)
             write_items(*loaded, staging / "items", listed, every_column=False)
         files |= {f"items/{path.name}": path for path in sorted((staging / "items" / "data").iterdir())}
-    for name, text in texts(details, options).items():
-        (staging / name).write_text(text, encoding="utf-8")
-        files[name] = staging / name
+    files |= write_texts(texts(details, options), staging)
     if faults := file_faults(files):
         raise RefusedError(faults)
     return Publication("space", files, ("index/*", "visual_index/*", "items/*"), sdk="gradio")
+
+
+def write_texts(texts: Mapping[str, str], staging: Path) -> dict[str, Path]:
+    """Texts made for a Space, written into `staging`, by their path in it."""
+    for name, text in texts.items():
+        (staging / name).write_text(text, encoding="utf-8")
+    return {name: staging / name for name in texts}
 
 
 def check_model_id(model: str) -> None:

@@ -213,8 +213,6 @@ def joined(blocks: Sequence[PreparedBlock]) -> PreparedBlock:
         [block.num_images[0] for block in blocks],
         [join_pictures(pictures) if pictures else {}],
         [],
-        [None] * len(blocks),
-        {},
     )
 
 
@@ -227,8 +225,7 @@ def separated(block: EncodedBlock, count: int) -> list[EncodedBlock]:
         visual = None if block.visual_embeddings is None else block.visual_embeddings[here]
         rejects = [reject for reject in block.rejects if reject.row == number]
         ids = [str(number)] * len(here)
-        contents: list[bytes | None] = [None] * len(here)
-        blocks.append(EncodedBlock(0, ids, block.embeddings[here], visual, block.has_image[here], rejects, contents, 0))
+        blocks.append(EncodedBlock(0, ids, block.embeddings[here], visual, block.has_image[here], rejects))
     return blocks
 
 

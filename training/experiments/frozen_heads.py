@@ -32,6 +32,7 @@ from training.batches.sampling import DistinctItemsSampler
 from training.evaluation.baselines import baseline_embeddings
 from training.evaluation.embed import measure
 from training.experiments.findings_runs import epochs_of, minilm_folder, text_of
+from training.experiments.findings_table import estimate
 from training.tables.commands.bounds import AtLeastOne, check_bounds
 from training.tables.commands.files import write_text
 from training.tables.commands.handler import DONE, command, parse
@@ -204,12 +205,8 @@ def interval(values: Sequence[float]) -> str:
     """Mean and half of the 95 % interval over seeds (Student's t)."""
     if not values:
         return ""
-    if len(values) < 3:
-        return f"{np.mean(values):.3f}"
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.3f} ±{half:.3f}"
+    over_seeds = estimate(values)
+    return f"{over_seeds.value:.3f}" if over_seeds.count < 3 else f"{over_seeds.value:.3f} ±{over_seeds.margin:.3f}"
 
 
 @command("training.experiments.frozen_heads")

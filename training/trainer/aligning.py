@@ -38,6 +38,7 @@ from training.tables.commands.outputs import Output, claimed
 from training.tables.images import Item
 from training.tables.items import ItemTable, load_items
 from training.tables.rejects import TableError
+from training.trainer.grad_cache import FEATURES
 
 
 TEMPERATURE = 0.07
@@ -251,8 +252,7 @@ def _features(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | N
     """Tokens of the batch's pictures and their mask, of which some or all may come from the cache."""
     stored = None
     if "vision_hidden_states" in inputs:
-        names = ("vision_hidden_states", "vision_pooler_output", "vision_attention_mask", "vision_grids")
-        stored = VisionFeatures(*(inputs.get(name) for name in names))  # type: ignore[arg-type]
+        stored = VisionFeatures(*(inputs.get(name) for name in FEATURES))  # type: ignore[arg-type]
     if "pixel_values" in inputs:
         seen = model.get_vision_features(inputs["pixel_values"], inputs.get("image_sizes"))
         stored = merge_features(seen, stored, inputs.get("cached_images"))

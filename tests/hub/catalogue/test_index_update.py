@@ -6,19 +6,15 @@ from pathlib import Path
 
 import lancedb
 import numpy as np
-import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
 from hub.catalogue.exports import export, point_id
 from hub.catalogue.index import IDS_FILE
-from hub.catalogue.shards import MANIFEST, embeddings_array, shard_name
 from hub.index import BuildArguments, Index, UpdateArguments, build, main, update
-from tests.support.catalogue import write_items
-from training.tables.commands.files import write_json
+from tests.support.catalogue import write_items, write_shards
 from training.tables.commands.handler import OptionError
-from training.tables.commands.hashes import file_sha256
 
 
 WIDTH = 16
@@ -54,16 +50,7 @@ def next_version(items: Vectors, seed: int, share: float = 0.03) -> tuple[Vector
 def write_catalogue(items: Vectors, folder: Path) -> Path:
     """What hub/encode.py would write."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    vectors = np.stack(list(items.values()))
-    table = {"item_id": list(items), "embedding": embeddings_array(vectors, "float32")}
-    pq.write_table(pa.table(table), folder / shard_name(0))
-    job = {"model": {"source": "m", "sha256": "s"}, "settings": {"dtype": "float32"}}
-    counts = {"rows": len(items), "items": len(items), "rejects": 0, "copied": 0, "empty_lines": 0}
-    shards = {shard_name(0): {"items": len(items), "rejects": 0, "sha256": file_sha256(folder / shard_name(0))}}
-    manifest = {"complete": True, "job": job, "width": WIDTH, "scale": 1, "counts": counts, "shards": shards}
-    write_json(manifest, folder / MANIFEST)
-    return folder
+    return write_shards(np.stack(list(items.values())), folder, per_shard=len(items), item_ids=list(items))
 
 
 def overlap(index: Index, items: Vectors, k: int = 10) -> float:

@@ -28,6 +28,7 @@ REASONS = {
     ("modeling_notellm2/packing_notellm2.py", "_attn_implementation"): "the only name under which a config holds it",
     ("training/evaluation/saliency.py", "_attn_implementation"): "the only name under which a config holds it",
     ("training/tables/formats.py", "_fingerprint"): "datasets says nowhere else what content a data set has",
+    ("training/trainer/stopping.py", "_exit"): "Python's documented name; a thread can end its process no other way",
     ("training/trainer/trainer.py", "_prepare_inputs"): "moves a batch to the device as Trainer's own steps do",
 }
 """File and name to why there is no public way."""

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import xxhash
 
 from hub.catalogue.shards import CONTENT_HASH, EMBEDDING, VISUAL_EMBEDDING, ShardError, vectors_of
-from modeling_notellm2 import ItemError
 from modeling_notellm2.images_notellm2 import check_regular_file, image_sources
 from training.tables.commands.hashes import file_xxh3
 from training.tables.items import Item
@@ -112,7 +111,7 @@ def content_hash(item: Item) -> bytes | None:
     try:
         for source in sources:
             digest.update(_picture_hash(source))
-    except (OSError, ItemError):  # the encoder meets it again, and says where
+    except (OSError, ValueError):  # the encoder meets it again, and says where
         return None
     return digest.digest()
 

@@ -23,7 +23,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -297,6 +297,13 @@ def _in_forked_process() -> None:
     if _in_command:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.excepthook = _print_in_worker
+
+
+def _print_in_worker(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print what a worker's thread ended with; a process that let go of its worker says itself why it did."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 os.register_at_fork(after_in_child=_in_forked_process)

@@ -222,3 +222,36 @@ def test_a_worker_that_was_killed_with_a_batch_in_its_hands():
     """The batch is announced and its memory can't be fetched: the error speaks of a connection."""
     done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, capture_output=True, text=True)
     assert "A worker process" in done.stdout and "use fewer --num_workers" in done.stdout, done.stderr
+
+
+LET_GO = """
+import multiprocessing, sys, threading
+from multiprocessing.connection import Client
+from multiprocessing.resource_sharer import DupFd
+from training.tables.commands.handler import command
+
+def share(pipe, error):
+    pipe.send(vars(DupFd(1))["_id"][0])
+    pipe.recv()
+    sys.excepthook(type(error), error, None)
+
+@command("let_go.py")
+def main(options=None):
+    for error in (ValueError("of the worker's own"), ConnectionResetError(104, "Connection reset by peer")):
+        pipe, others = multiprocessing.Pipe()
+        worker = multiprocessing.get_context("fork").Process(target=share, args=(others, error))
+        worker.start()
+        address = pipe.recv()
+        for _ in range(3):
+            Client(address, authkey=multiprocessing.current_process().authkey).close()
+        pipe.send("end")
+        worker.join()
+
+sys.exit(main())
+"""
+
+
+def test_a_worker_is_silent_about_a_process_that_let_go_of_it():
+    """As after Ctrl-C while a batch's memory is being fetched; whatever else ends a thread is printed."""
+    done = subprocess.run([sys.executable, "-c", LET_GO], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "ValueError: of the worker's own\n")

@@ -23,10 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hub.catalogue.catalogue import TitleArguments
-from hub.catalogue.exports import FORMATS, export
-from hub.catalogue.index import Index
-from hub.catalogue.index_building import BuildArguments, build
-from hub.catalogue.index_updating import UpdateArguments, update
+from hub.neighbours.building import BuildArguments, build
+from hub.neighbours.exports import FORMATS, export
+from hub.neighbours.index import Index
+from hub.neighbours.updating import UpdateArguments, update
 from modeling_notellm2 import DTYPES
 from training.tables.commands.bounds import AtLeastOne, check_bounds
 from training.tables.commands.handler import DONE, OptionError, command, parse, plain_console
@@ -78,7 +78,7 @@ def search(arguments: SearchArguments) -> Table:
     if arguments.id is not None:
         queries: np.ndarray | list[str] = [arguments.id]
     else:
-        from hub.catalogue.queries import encode_item  # with torch, which a search by id does without
+        from hub.neighbours.queries import encode_item  # with torch, which a search by id does without
 
         queries = encode_item(Path(arguments.item or ""), index, arguments.model, arguments.dtype)
     name = arguments.id or arguments.item

@@ -22,8 +22,8 @@ from transformers import AutoConfig
 
 from hub.catalogue.encoder import ItemEncoder
 from hub.catalogue.encoding import find_model
-from hub.catalogue.index import Index
-from hub.catalogue.queries import check_model
+from hub.neighbours.index import Index
+from hub.neighbours.queries import check_model
 from hub.serving.app import Service, make_app
 from hub.serving.batching import Batcher, BatchSizes
 from hub.serving.limits import Limits

@@ -19,8 +19,8 @@ from huggingface_hub.constants import HF_HOME
 from hub.catalogue.catalogue import rows_of_ids
 from hub.catalogue.encoder import ItemEncoder, Place
 from hub.catalogue.encoding import EncodeArguments, describe_job, describe_model, encode, find_model, model_changes
-from hub.catalogue.index import Index
-from hub.catalogue.index_building import BuildArguments, build
+from hub.neighbours.building import BuildArguments, build
+from hub.neighbours.index import Index
 from modeling_notellm2 import choose_precision
 from modeling_notellm2.texts_notellm2 import CellError
 from training.tables.columns import item_of

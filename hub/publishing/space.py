@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from hub.cards.model import check_id, is_hub_id
-from hub.catalogue.index import RECORD
+from hub.neighbours.index import RECORD
 from hub.publishing.checks import RefusedError, file_faults
 from hub.publishing.dataset import RejectsFile, write_items
 from hub.publishing.model import portable

@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hub.catalogue.index import Index, Queries
 from hub.catalogue.shards import VISUAL_EMBEDDING
+from hub.neighbours.index import Index, Queries
 from hub.serving import answers
 from hub.serving.batching import Batcher, Embedded
 from hub.serving.limits import Limits, RequestError, WholeBodies, describe_validation

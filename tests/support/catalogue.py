@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from hub.catalogue.index import IDS_FILE, INDEX_FILE, RECORD, hashes_of
 from hub.catalogue.shards import MANIFEST, embeddings_array
 from hub.encode import EncodeArguments
+from hub.neighbours.index import IDS_FILE, INDEX_FILE, RECORD, hashes_of
 from training.tables.commands.files import write_json
 from training.tables.commands.hashes import file_sha256
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from hub import index as index_module
-from hub.catalogue.exports import export
-from hub.catalogue.index import Neighbour
-from hub.catalogue.index_building import choose_parameters
 from hub.catalogue.shards import ShardError
 from hub.encode import EncodeArguments, encode
 from hub.index import BuildArguments, Index, build
+from hub.neighbours.building import choose_parameters
+from hub.neighbours.exports import export
+from hub.neighbours.index import Neighbour
 from tests.support.catalogue import SMALL, make_items, png, read_shards, vectors, write_items, write_shards
 from training.tables.commands.files import write_json
 from training.tables.commands.handler import FileError

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from hub.catalogue.catalogue import Catalogue, TitleArguments, new_folder
-from hub.catalogue.index import IDS_FILE, INDEX_FILE, Index
-from hub.catalogue.index_building import build_from, ids_schema, write_index
+from hub.neighbours.building import build_from, ids_schema, write_index
+from hub.neighbours.index import IDS_FILE, INDEX_FILE, Index
 from training.tables.commands.handler import OptionError
 from training.tables.commands.outputs import Output, claimed
 from training.tables.items import ItemTable

@@ -10,9 +10,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from hub.catalogue.exports import export, point_id
-from hub.catalogue.index import IDS_FILE
 from hub.index import BuildArguments, Index, UpdateArguments, build, main, update
+from hub.neighbours.exports import export, point_id
+from hub.neighbours.index import IDS_FILE
 from tests.support.catalogue import write_items, write_shards
 from training.tables.commands.handler import OptionError
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from hub.catalogue.encoder import ItemEncoder, Place
 from hub.catalogue.encoding import describe_model, find_model, model_changes
-from hub.catalogue.index import Index
 from hub.catalogue.shards import VISUAL_EMBEDDING
+from hub.neighbours.index import Index
 from modeling_notellm2.texts_notellm2 import CellError
 from training.tables.columns import item_of
 

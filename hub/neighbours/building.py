@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from hub.catalogue.catalogue import Catalogue, TitleArguments, new_folder, vectors_at
-from hub.catalogue.index import IDS_FILE, INDEX_FILE, RECORD, hashes_of
 from hub.catalogue.shards import EMBEDDING, VISUAL_EMBEDDING
+from hub.neighbours.index import IDS_FILE, INDEX_FILE, RECORD, hashes_of
 from training.tables.commands.files import write_json
 from training.tables.commands.outputs import Output, claimed
 from training.tables.items import ItemTable

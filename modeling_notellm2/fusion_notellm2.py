@@ -20,19 +20,24 @@ class NoteLLM2Projector(nn.Module):
 
 
 class NoteLLM2Standardization(nn.Module):
-    """Centres and scales states `(n, width)`, each direction by itself; as they are until `fit` has measured them."""
+    """Centres and scales states `(n, width)`, each direction by itself; as they are until `fit` has measured them.
+
+    What was measured is never trained: where states are small, a step of the new parts' rate would leave them.
+    """
 
     def __init__(self, config: NoteLLM2Config):
         super().__init__()
-        self.mean = nn.Parameter(torch.zeros(config.text_width))
-        self.scale = nn.Parameter(torch.ones(config.text_width))
+        self.mean: torch.Tensor
+        self.scale: torch.Tensor
+        self.register_buffer("mean", torch.zeros(config.text_width))
+        self.register_buffer("scale", torch.ones(config.text_width))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return (hidden.to(self.mean.device, self.mean.dtype) - self.mean) * self.scale
 
     @property
     def is_fitted(self) -> bool:
-        """Whether it has been fitted or trained."""
+        """Whether it has been fitted."""
         return bool(self.mean.any()) or not bool(torch.eq(self.scale, 1).all())
 
     @torch.no_grad()

@@ -47,3 +47,12 @@ def test_embeddings_are_those_of_standardized_states(tmp_path):
         model.save_pretrained(tmp_path / "fitted")
         again = NoteLLM2Model.from_pretrained(tmp_path / "fitted").eval()
         torch.testing.assert_close(again(**inputs).embeddings, expected, rtol=0, atol=1e-4)
+
+
+def test_what_was_measured_is_no_parameter_and_is_saved():
+    model, _ = make_model(standardize_states=True)
+    assert not any("standardization" in name for name, _ in model.named_parameters())
+    assert {name for name in model.state_dict() if name.startswith("standardization.")} == {
+        "standardization.mean",
+        "standardization.scale",
+    }

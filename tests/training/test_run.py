@@ -136,6 +136,25 @@ def test_states_are_measured_before_the_first_step(config, tmp_path):
     assert states[""][0].std(0).mean() > 0.8  # what a random connector says of pictures is rounding
 
 
+@pytest.mark.parametrize("merge", ["true", "false"])
+def test_what_was_measured_of_states_is_kept_and_not_trained(config, tmp_path, tiny_model_folder, merge):
+    base = tmp_path / "base"
+    NoteLLM2Model.from_pretrained(tiny_model_folder, standardize_states=True).save_pretrained(base)
+    AutoProcessor.from_pretrained(tiny_model_folder, trust_remote_code=True).save_pretrained(base)
+    trained = []
+    for steps in (1, 3):
+        options = {"model": base, "output_dir": tmp_path / f"run-{steps}", "max_steps": steps, "lora_r": 4}
+        options["merge_adapter"] = merge
+        run(*parse([str(config), *(text for name, value in options.items() for text in (f"--{name}", str(value)))]))
+        trained.append(AutoModel.from_pretrained(tmp_path / f"run-{steps}" / "model", trust_remote_code=True))
+    first, last = trained
+    for name in ("standardization", "visual_standardization"):
+        assert getattr(first, name).is_fitted
+        assert torch.equal(getattr(first, name).mean, getattr(last, name).mean)
+        assert torch.equal(getattr(first, name).scale, getattr(last, name).scale)
+    assert not torch.equal(first.reduction.weight, last.reduction.weight)
+
+
 def test_the_command_says_what_is_wrong_and_where_things_are(config, tmp_path):
     command = [sys.executable, "training/run.py", str(config), "--use_cpu", "--max_steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

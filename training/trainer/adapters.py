@@ -168,15 +168,16 @@ def save_merged(adapter: Path, folder: Path, dtype: torch.dtype, **reading: Any)
 
 
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Adapter, its config, and the parts that are trained in full.
+    """Adapter, its config, the parts that are trained in full, and what was measured of states.
 
     Args:
         state: the gathered weights where they are spread over processes; the model's own if left out.
     """
     with _without_wrappers(model):
         model.save_pretrained(str(folder), state_dict=state)
-    named = ((name.replace(CHECKPOINTED, ""), p) for name, p in model.named_parameters())
-    full = {name for name, p in named if p.requires_grad and f".{LLM}." not in name}
+    trained = {name.replace(CHECKPOINTED, "") for name, p in model.named_parameters() if p.requires_grad}
+    measured = {name for name, _ in model.named_buffers() if "standardization." in name}
+    full = {name for name in trained | measured if f".{LLM}." not in name}
     state = model.state_dict() if state is None else state
     weights = load_file(folder / ADAPTER_FILE)
     if not any("lora_" in name for name in weights):

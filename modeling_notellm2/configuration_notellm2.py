@@ -25,8 +25,9 @@ class NoteLLM2Config(PreTrainedConfig):
         qformer_config (`Blip2QFormerConfig` or `dict`, *optional*):
             The connector. Fields left out take the published values: 6 layers, width 768, 12 heads.
         connector (`str`, defaults to `"qformer"`):
-            What turns the vision encoder's features into visual tokens: "qformer", the published one; "native", the merger
-            that a checkpoint of pictures and text has itself, whose config is then `text_config` as a whole.
+            What turns the vision encoder's features into visual tokens: "qformer", the published one; "mlp", the projector
+            alone on the means of patches that lie together, no query looks for anything; "native", the merger that a
+            checkpoint of pictures and text has itself, whose config is then `text_config` as a whole.
         num_query_tokens (`int`, defaults to 16):
             Visual tokens that each image becomes in the LLM's input; "native" gives its own number.
         early_fusion (`bool`, defaults to `True`):
@@ -102,7 +103,7 @@ class NoteLLM2Config(PreTrainedConfig):
     vision_config: Any = None
     text_config: Any = None
     qformer_config: Any = None
-    connector: Literal["qformer", "native"] = "qformer"
+    connector: Literal["qformer", "mlp", "native"] = "qformer"
     num_query_tokens: int = 16
     early_fusion: bool = True
     late_fusion: bool = True
@@ -151,8 +152,8 @@ class NoteLLM2Config(PreTrainedConfig):
             raise ValueError(
                 "early_fusion=False and late_fusion=False leave the image out altogether. Set one of them to True."
             )
-        if self.connector not in ("qformer", "native"):
-            raise ValueError(f"connector is {self.connector!r}; expected qformer or native.")
+        if self.connector not in ("qformer", "mlp", "native"):
+            raise ValueError(f"connector is {self.connector!r}; expected qformer, mlp or native.")
         if self.connector == "native" and not self.early_fusion:
             raise ValueError('connector="native" needs early_fusion=True: its visual tokens enter the LLM.')
         if self.readout not in ("last", "mean"):
@@ -161,7 +162,7 @@ class NoteLLM2Config(PreTrainedConfig):
             raise ValueError(f"text_attention is {self.text_attention!r}; expected causal or bidirectional.")
         if self.connector == "native" and self.text_attention == "bidirectional":
             raise ValueError(
-                'text_attention="bidirectional" goes with connector="qformer"; a native connector\'s family masks by itself.'
+                'text_attention="bidirectional" needs connector="qformer" or "mlp"; a native connector\'s family masks itself.'
             )
         if self.vision_summary not in ("auto", "cls", "pooler", "mean"):
             raise ValueError(f"vision_summary is {self.vision_summary!r}; expected auto, cls, pooler or mean.")

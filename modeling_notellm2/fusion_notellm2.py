@@ -1,22 +1,9 @@
-"""What is new between the backbones: the projector into the LLM, and the gate that fuses the picture into an embedding."""
+"""What is new behind the LLM: the scale of its states, and the gate that fuses the picture into an embedding."""
 
 import torch
 from torch import nn
 
 from .configuration_notellm2 import NoteLLM2Config
-
-
-class NoteLLM2Projector(nn.Module):
-    """Q-Former width to the width of the LLM's token embeddings: Linear, GELU, Linear (paper, section 3.2)."""
-
-    def __init__(self, config: NoteLLM2Config, width: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(config.qformer_config.hidden_size, width)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(hidden_states)))
 
 
 class NoteLLM2Standardization(nn.Module):
@@ -80,4 +67,4 @@ def mean_of_images(pooled: torch.Tensor, num_images: torch.Tensor) -> torch.Tens
     return total / num_images.clamp(min=1).unsqueeze(-1).to(pooled.dtype)
 
 
-__all__ = ["NoteLLM2LateFusion", "NoteLLM2Projector", "NoteLLM2Standardization", "mean_of_images"]
+__all__ = ["NoteLLM2LateFusion", "NoteLLM2Standardization", "mean_of_images"]

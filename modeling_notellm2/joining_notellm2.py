@@ -1,19 +1,55 @@
 """Loading what a model is joined from, with the fields of its config that follow: two halves, or one checkpoint as both."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from .backbones_notellm2 import base_models, load_language_model, text_settings
+from .backbones_notellm2 import base_models, item_tokens, load_language_model, text_settings, tokenizer_of
+from .configuration_notellm2 import NoteLLM2Config
 from .native_notellm2 import load_native_model, native_settings
 from .precision_notellm2 import cast_part
 from .towers_notellm2 import load_vision_encoder, tower_of
 
 
+logger = logging.get_logger(__name__)
+
 Half = str | PreTrainedModel
 Loaded = tuple[PreTrainedModel | None, PreTrainedModel, dict[str, Any]]
 """Vision encoder (None: it is within the other), LLM, and fields of `NoteLLM2Config`."""
+
+
+def join(
+    model_class: type[Any],
+    vision: Half,
+    text: Half,
+    dtype: torch.dtype | None,
+    vision_kwargs: dict[str, Any],
+    text_kwargs: dict[str, Any],
+    check: bool,
+    overrides: dict[str, Any],
+) -> Any:
+    """What `NoteLLM2Model.from_vision_text_pretrained` gives; arguments and exceptions are its own."""
+    unknown = set(overrides) - {field.name for field in fields(NoteLLM2Config)}
+    if unknown:
+        raise ValueError(f"Unknown NoteLLM2Config fields: {', '.join(sorted(unknown))}.")
+    connector = overrides.get("connector") or connector_between(vision, text)
+    load = load_native if connector == "native" else load_halves
+    vision_model, language_model, settings = load(vision, text, vision_kwargs, text_kwargs, check)
+    config = NoteLLM2Config(**(settings | overrides))
+    model = model_class(config, vision_model, language_model)
+    join_dtypes(model, dtype or language_model.dtype)
+    if check:
+        model.try_attention()
+    if config.image_token_id is None or config.visual_embedding_token_id is None:
+        beside = {k: v for k, v in text_kwargs.items() if k in ("gguf_file", "revision", "token", "subfolder")}
+        tokenizer = tokenizer_of(text, **beside)
+        if tokenizer is not None:
+            model.set_item_tokens(item_tokens(tokenizer, config.native_image_token_id))
+    logger.info("Connector, late fusion and reduction are new unless they are native: train before use.")
+    return model
 
 
 def connector_between(vision: Half, text: Half) -> str:

@@ -1,11 +1,10 @@
 """NoteLLM-2: one embedding per item (picture and text) from any vision encoder and any LLM (arXiv 2405.16789).
 
-Data flow: pixels -> frozen vision encoder -> Q-Former and projector -> visual tokens in the LLM's input -> hidden states
-at the read-out positions -> gate with the vision encoder's summary feature (late fusion) -> reduction -> L2 norm.
+Data flow: pixels -> frozen vision encoder -> Q-Former and projector (the connector) -> visual tokens in the LLM's input ->
+hidden states at the read-out positions -> gate with the vision encoder's summary feature (late fusion) -> reduction -> L2 norm.
 """
 
 import os
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,14 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Blip2QFormerModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .backbones_notellm2 import ItemTokens, fit_token_embeddings, item_tokens, language_stack, tokenizer_of
+from .backbones_notellm2 import ItemTokens, fit_token_embeddings, language_stack
 from .configuration_notellm2 import NoteLLM2Config
-from .fusion_notellm2 import NoteLLM2LateFusion, NoteLLM2Projector, NoteLLM2Standardization, mean_of_images
+from .connectors_notellm2 import NoteLLM2Projector, pooled_patches
+from .fusion_notellm2 import NoteLLM2LateFusion, NoteLLM2Standardization, mean_of_images
 from .inputs_notellm2 import check_lengths, check_padding, count_images, positions_of
-from .joining_notellm2 import connector_between, join_dtypes, load_halves, load_native
+from .joining_notellm2 import join
 from .language_notellm2 import (
     LanguageCall,
     build_language_model,
@@ -41,9 +40,6 @@ from .towers_notellm2 import build_vision_encoder
 from .vision_features_notellm2 import VisionFeatures, merge_features
 from .vision_notellm2 import vision_features
 from .vision_probe_notellm2 import vision_width
-
-
-logger = logging.get_logger(__name__)
 
 
 class NoteLLM2PreTrainedModel(PreTrainedModel):
@@ -117,7 +113,10 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         if config.early_fusion and config.connector == "qformer":
             self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
             self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
-            self.projector = NoteLLM2Projector(config, embedding_width(self.language_model))
+        if config.early_fusion and config.connector != "native":
+            of_qformer = config.connector == "qformer"
+            visual_width = config.qformer_config.hidden_size if of_qformer else config.vision_hidden_size
+            self.projector = NoteLLM2Projector(visual_width, embedding_width(self.language_model))
         # The two embeddings are read from states of their own.
         self.standardization = NoteLLM2Standardization(config) if config.standardize_states else None
         both = config.standardize_states and config.micl
@@ -133,7 +132,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         self._language_call = LanguageCall(
             config.text_inputs, takes_positions(self.language_model) if positions is None else positions
         )
-        if config.connector == "qformer":
+        if config.connector != "native":
             allow_packing(self.language_model)
         self._freeze_vision()
         self.post_init()
@@ -191,27 +190,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         >>> processor = NoteLLM2Processor.from_vision_text_pretrained(vision, text, model=model)
         ```
         """
-        unknown = set(config_overrides) - {field.name for field in fields(NoteLLM2Config)}
-        if unknown:
-            raise ValueError(f"Unknown NoteLLM2Config fields: {', '.join(sorted(unknown))}.")
-        text_kwargs = text_kwargs or {}
-        connector = config_overrides.get("connector") or connector_between(vision, text)
-        load = load_native if connector == "native" else load_halves
-        vision_model, language_model, settings = load(vision, text, vision_kwargs or {}, text_kwargs, check)
-        config = NoteLLM2Config(**(settings | config_overrides))
-        model = cls(config, vision_model, language_model)
-        join_dtypes(model, dtype or language_model.dtype)
-        if check:
-            model.try_attention()
-        if config.image_token_id is None or config.visual_embedding_token_id is None:
-            token_kwargs = {
-                k: v for k, v in text_kwargs.items() if k in ("gguf_file", "revision", "token", "subfolder")
-            }
-            tokenizer = tokenizer_of(text, **token_kwargs)
-            if tokenizer is not None:
-                model.set_item_tokens(item_tokens(tokenizer, config.native_image_token_id))
-        logger.info("Connector, late fusion and reduction are new unless they are native: train before use.")
-        return model
+        return join(cls, vision, text, dtype, vision_kwargs or {}, text_kwargs or {}, check, config_overrides)
 
     def try_attention(self) -> None:
         """Tries whether the LLM can be read with the config's `text_attention`, by a few short forward passes.
@@ -281,18 +260,20 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
     def get_visual_tokens(
         self, vision_hidden_states: torch.Tensor, vision_attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Q-Former and projector: `(images, tokens, vision width)` to `(images, num_query_tokens, LLM width)`."""
-        assert self.qformer is not None
-        assert self.query_tokens is not None
+        """The connector: `(images, tokens, vision width)` to `(images, num_query_tokens, LLM width)`."""
         assert self.projector is not None
+        # Trained parts may be in float32 beside frozen ones in 16 bits.
+        weight = self.projector.linear_1.weight
+        if self.qformer is None or self.query_tokens is None:
+            hidden = vision_hidden_states.to(weight.device, weight.dtype)
+            return self.projector(pooled_patches(hidden, vision_attention_mask, self.config.num_query_tokens))
         queries = self.query_tokens.expand(vision_hidden_states.shape[0], -1, -1)
         hidden = self.qformer(
             query_embeds=queries,
-            # Trained parts may be in float32 beside frozen ones in 16 bits.
             encoder_hidden_states=vision_hidden_states.to(queries.device, queries.dtype),
             encoder_attention_mask=vision_attention_mask,
         ).last_hidden_state
-        return self.projector(hidden.to(self.projector.linear_1.weight.dtype))
+        return self.projector(hidden.to(weight.dtype))
 
     @can_return_tuple
     def forward(

@@ -43,8 +43,8 @@ class AssembleArguments:
     connector: str = field(
         default="auto",
         metadata={
-            "help": "qformer; native: the merger of one checkpoint of pictures and text, given as both halves; "
-            "auto: native if they are one."
+            "help": "qformer; mlp: the projector alone, on means of patches that lie together; native: the merger of one "
+            "checkpoint of pictures and text, given as both halves; auto: native if they are one, else qformer."
         },
     )
     text_layers: str | None = field(
@@ -112,7 +112,8 @@ def assemble(arguments: AssembleArguments) -> tuple[NoteLLM2Model, NoteLLM2Proce
         ValueError: for backbones or sizes that don't fit together.
         OSError: for an id or folder that holds no backbone.
     """
-    if connector(arguments) == "native":
+    chosen = connector(arguments)
+    if chosen == "native":
         return assemble_native(arguments)
     vision, image_processor = load_vision(arguments.vision)
     if arguments.text_layers == AUTO:
@@ -122,7 +123,7 @@ def assemble(arguments: AssembleArguments) -> tuple[NoteLLM2Model, NoteLLM2Proce
         language_model, tokenizer = load_text(arguments.text, arguments.text_layers)
     set_seed(arguments.seed)  # after loading, which may draw random numbers of its own
     model = NoteLLM2Model.from_vision_text_pretrained(
-        vision, language_model, check=arguments.check, connector="qformer", **config_overrides(arguments)
+        vision, language_model, check=arguments.check, connector=chosen, **config_overrides(arguments)
     )
     return model.eval(), make_processor(arguments, image_processor, tokenizer, model)
 
@@ -146,12 +147,14 @@ def connector(arguments: AssembleArguments) -> str:
     """
     same = arguments.text == arguments.vision
     chosen = ("native" if same else "qformer") if arguments.connector == "auto" else arguments.connector
-    if chosen not in ("native", "qformer"):
-        raise ValueError(f"--connector is {chosen!r}; expected auto, qformer or native.")
+    if chosen not in ("native", "qformer", "mlp"):
+        raise ValueError(f"--connector is {chosen!r}; expected auto, qformer, mlp or native.")
     if chosen == "native" and not same:
         raise ValueError("--connector native needs one checkpoint of pictures and text, as --text and as --vision.")
     if chosen == "native" and arguments.text_layers is not None:
-        raise ValueError("--text_layers goes with --connector qformer; a native connector's checkpoint stays whole.")
+        raise ValueError(
+            "--text_layers goes with --connector qformer or mlp; a native connector's checkpoint stays whole."
+        )
     return chosen
 
 

@@ -89,10 +89,10 @@ def connector(config: dict[str, Any]) -> str:
     if config.get("connector") == "native":
         ways.append("the checkpoint's own merger of pictures and text")
     elif config.get("early_fusion", True):
-        qformer = config["qformer_config"]
-        ways.append(
-            f"Q-Former of {qformer['num_hidden_layers']} layers, {config.get('num_query_tokens', 16)} visual tokens a picture"
-        )
+        way = f"Q-Former of {config['qformer_config']['num_hidden_layers']} layers"
+        if config.get("connector") == "mlp":
+            way = "MLP on pooled patches"
+        ways.append(f"{way}, {config.get('num_query_tokens', 16)} visual tokens a picture")
     if config.get("micl", True):
         ways.append("multimodal in-context learning")
     if config.get("late_fusion", True):

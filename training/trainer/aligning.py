@@ -166,10 +166,11 @@ def align(
         The means of both losses over every tenth of the steps or so: `step`, `caption_loss`, `matching_loss`.
     """
     model.train().requires_grad_(False)
-    connector = [model.query_tokens, *model.qformer.parameters(), *model.projector.parameters()]
+    qformer = [] if model.qformer is None else [model.query_tokens, *model.qformer.parameters()]
+    connector = [*qformer, *model.projector.parameters()]
     for parameter in connector:
         parameter.requires_grad_(True)
-    if not model.query_tokens.any():  # alike in all, they would stay alike: matching sees their mean alone
+    if qformer and not model.query_tokens.any():  # alike in all, they would stay alike: matching sees their mean alone
         torch.nn.init.normal_(model.query_tokens, std=model.config.initializer_range)
     optimizer = torch.optim.AdamW(connector, lr=arguments.learning_rate, weight_decay=1e-3)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(WARM_UP * arguments.steps), arguments.steps)

@@ -90,3 +90,5 @@ def test_options_that_contradict_it(base, tmp_path):
         == 0
     )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["connector"] == "qformer"
+    assert assemble.main([*both, "--connector", "mlp"]) == 0
+    assert connector(read_model(tmp_path / "out").config).startswith("MLP on pooled patches, 16 visual tokens")

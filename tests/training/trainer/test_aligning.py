@@ -23,13 +23,16 @@ def options(model, items, output, **more):
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
-def test_matching_teaches_the_connector_and_nothing_else(coloured_tables, tiny_model_folder, tmp_path):
+@pytest.mark.parametrize("connector", ["qformer", "mlp"])
+def test_matching_teaches_the_connector_and_nothing_else(coloured_tables, tmp_path, connector):
     items, output = coloured_tables / "items.parquet", tmp_path / "out"
+    for part in make_model(connector=connector):
+        part.save_pretrained(tmp_path / "base")
     sizes = {"steps": 40, "batch_size": 24, "learning_rate": 3e-3, "vision_cache_dir": tmp_path / "cache"}
-    assert main(options(tiny_model_folder, items, output, caption_weight=0, **sizes)) == 0
+    assert main(options(tmp_path / "base", items, output, caption_weight=0, **sizes)) == 0
     log = json.loads((output / "alignment.json").read_text())["log"]
     assert log[-1]["matching_loss"] < log[0]["matching_loss"] - 0.2
-    old, new = (load_file(folder / "model.safetensors") for folder in (tiny_model_folder, output))
+    old, new = (load_file(folder / "model.safetensors") for folder in (tmp_path / "base", output))
     assert old.keys() == new.keys()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed

@@ -20,7 +20,8 @@ from transformers import CLIPVisionConfig, HfArgumentParser, LlamaConfig
 
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, contrastive_pair_loss
 from training.trainer.grad_cache import GradCache
-from training.trainer.losses import PairLoss, tiled_contrastive_loss
+from training.trainer.losses import PairLoss
+from training.trainer.tiles import tiled_contrastive_loss
 
 
 Step = Callable[[], object]

@@ -42,10 +42,12 @@ class Pair:
     Attributes:
         positions: (2 + k,) positions in the item table.
         items: the items themselves; images stay encoded.
+        weight: how much it counts in the loss; None: as any other.
     """
 
     positions: np.ndarray
     items: list[Item]
+    weight: float | None = None
 
 
 class PairDataset(Dataset):
@@ -61,7 +63,8 @@ class PairDataset(Dataset):
         positions = self.pairs.pairs[index]
         if self.pairs.negatives is not None:
             positions = np.concatenate([positions, self.pairs.negatives[index]])
-        return Pair(positions, [self.items[position] for position in positions.tolist()])
+        weight = None if self.pairs.weights is None else float(self.pairs.weights[index])
+        return Pair(positions, [self.items[position] for position in positions.tolist()], weight)
 
 
 BLANK = Image.new("RGB", (64, 64))
@@ -214,7 +217,10 @@ class PairCollator:
         positions = np.stack([pairs[number].positions for number in numbers]).T.reshape(-1).astype(np.int64)
         rows = [opened[number][member] for member in range(len(pairs[0].items)) for number in numbers]
         inputs = self.collate_items.inputs(self._drop(rows, positions))
-        return {**inputs, "item_index": torch.from_numpy(positions), "num_pairs": len(pairs)}
+        batch = {**inputs, "item_index": torch.from_numpy(positions), "num_pairs": len(pairs)}
+        if pairs[0].weight is not None:
+            batch["pair_weight"] = torch.tensor([pairs[number].weight for number in numbers])
+        return batch
 
     def _drop(self, rows: list[tuple[Item, list[Picture]]], positions: np.ndarray) -> list[tuple[Item, list[Picture]]]:
         """Modality dropout; an item never loses both."""

@@ -33,7 +33,11 @@ def load_data(arguments: DataArguments, num_workers: int) -> RunData:
         arguments.items, arguments.split, arguments.check_images, num_workers, arguments.encoding
     )
     train, rejected = load_pairs(
-        arguments.train_pairs, items, distinct_column=arguments.distinct_column, encoding=arguments.encoding
+        arguments.train_pairs,
+        items,
+        distinct_column=arguments.distinct_column,
+        weight_column=arguments.weight_column,
+        encoding=arguments.encoding,
     )
     rejects += rejected
     positions = np.arange(len(items))

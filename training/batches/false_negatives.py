@@ -111,6 +111,12 @@ class FalseNegatives:
         rows, columns = np.divmod(np.concatenate(keys), max(len(items), 1))
         return torch.from_numpy(rows).to(item_index.device), torch.from_numpy(columns).to(item_index.device)
 
+    def known(self, item_index: Tensor) -> tuple[Tensor, Tensor]:
+        """The known positives among those entries; arguments and result as of a call."""
+        items = item_index.cpu().numpy()
+        rows, columns = np.divmod(np.concatenate([np.empty(0, np.int64), *self._known(items)]), max(len(items), 1))
+        return torch.from_numpy(rows).to(item_index.device), torch.from_numpy(columns).to(item_index.device)
+
     def _known(self, items: np.ndarray) -> list[np.ndarray]:
         """Entries of known positives, a bounded number of the table's at a time."""
         assert self.positives is not None

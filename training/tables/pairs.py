@@ -6,6 +6,7 @@ In memory are two positions of 4 bytes for each pair.
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
@@ -27,11 +28,13 @@ class PairTable:
         pairs: (n, 2) int32, query and target.
         groups: (n,) int32 code of each pair's `distinct_column`, if asked for; -1 where it is empty.
         negatives: (n, k) int32 hard negatives of each pair, if the table has columns negative_1 .. negative_k.
+        weights: (n,) float32 of each pair's `weight_column`, if asked for; not negative.
     """
 
     pairs: np.ndarray
     groups: np.ndarray | None = None
     negatives: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -110,6 +113,7 @@ def load_pairs(
     distinct_column: str | None = None,
     seed: int = 0,
     encoding: str | None = None,
+    weight_column: str | None = None,
 ) -> tuple[PairTable, Rejects]:
     """Read a pair table, with the hard negatives of its columns negative_1 .. negative_k where it has them.
 
@@ -120,13 +124,16 @@ def load_pairs(
         source, split, encoding: as of `training.tables.reading.open_table`.
         distinct_column: becomes `PairTable.groups`.
         seed: of the negatives that are drawn.
+        weight_column: becomes `PairTable.weights`; a pair without a number of at least 0 there is rejected.
 
     Raises:
         TableError: when a column is missing or no pair is usable.
     """
     matched = match_pairs(source, items, split, encoding)
+    groups = negatives = weights = None
+    if weight_column is not None:
+        matched, weights = _weighted(matched, weight_column)
     table, rows = matched.table, matched.rows
-    groups = negatives = None
     if distinct_column is not None:
         table.require([distinct_column])
         values = table.texts(distinct_column).take(pa.array(rows)).combine_chunks()
@@ -139,7 +146,26 @@ def load_pairs(
         empty = negatives < 0
         drawn = np.random.default_rng(seed).integers(matched.pairs.size, size=int(empty.sum()))
         negatives[empty] = matched.pairs.reshape(-1)[drawn]
-    return PairTable(matched.pairs, groups, negatives), matched.rejects
+    return PairTable(matched.pairs, groups, negatives, weights), matched.rejects
+
+
+def _weighted(matched: MatchedPairs, column: str) -> tuple[MatchedPairs, np.ndarray]:
+    """The pairs that have a weight, and the weights, (n,) float32.
+
+    Raises:
+        TableError: when there is no such column, or none has one above 0.
+    """
+    table = matched.table
+    table.require([column])
+    texts = table.texts(column).take(pa.array(matched.rows)).to_pandas()
+    weights = pd.to_numeric(texts, errors="coerce").to_numpy(np.float32)
+    usable = np.isfinite(weights) & (weights >= 0)
+    if not weights[usable].any():
+        raise TableError(f"{table.source}: no pair has a weight above 0 in '{column}'; nothing would be trained.")
+    reason = f"no weight in '{column}': a number of at least 0 is wanted"
+    rejects = matched.rejects
+    rejects += Rejects(RejectedRows(table, matched.rows[~usable], reason, id_columns=PAIR_IDS))
+    return replace(matched.at(usable), rejects=rejects), weights[usable]
 
 
 def trained_share(pairs: np.ndarray, train_pairs: np.ndarray) -> float:

@@ -145,6 +145,12 @@ class DataArguments:
     distinct_column: str | None = field(
         default=None, metadata={"help": "Column of the train pairs; no two pairs of a batch share its value."}
     )
+    weight_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the train pairs, e.g. mined scores: how much a pair counts in the loss; none: alike."
+        },
+    )
     validate_only: bool = field(
         default=False, metadata={"help": "Check all tables and images, list every fault in rejects.jsonl, and stop."}
     )
@@ -246,6 +252,13 @@ class NoteLLM2TrainingArguments(TrainingArguments):
         metadata={
             "help": "Items more similar to a row than its partner by more than this (cosine) are not its negatives; 0.1 in "
             "Qwen3-Embedding; none: all are."
+        },
+    )
+    several_positives: bool = field(
+        default=False,
+        metadata={
+            "help": "A row's other known partners in the batch are positives of it too (supervised contrastive learning); else "
+            "they are left out."
         },
     )
     matryoshka_dims: list[AtLeastOne] = field(

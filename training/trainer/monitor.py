@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modeling_notellm2 import NoteLLM2Model
-from training.trainer.losses import Entries, PairLossOutput
+from training.trainer.losses import PairLossOutput
+from training.trainer.tiles import Entries
 
 
 class TrainingMonitor:

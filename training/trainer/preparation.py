@@ -61,11 +61,13 @@ def make_trainer(
     workers = arguments.dataloader_num_workers
     image_tokens = processor.num_query_tokens if processor.early_fusion else 0
     grouped = arguments.train_sampling_strategy == "group_by_length"
+    if arguments.several_positives and not options.mask_known_positives:
+        raise ValueError("several_positives needs mask_known_positives: its positives are the known ones.")
+    false_negatives = once_per_machine(lambda: FalseNegatives.of(data.items, data.train, *masks, num_workers=workers))
     return NoteLLM2Trainer(
         train_dataset=PairDataset(data.items, data.train),
-        false_negatives=once_per_machine(
-            lambda: FalseNegatives.of(data.items, data.train, *masks, num_workers=workers)
-        ),
+        false_negatives=false_negatives,
+        positives=false_negatives.known if arguments.several_positives else None,
         lengths=item_lengths(data.items, processor.limits, image_tokens) if grouped else None,
         measure=partial(
             evaluate_in_training,

@@ -30,9 +30,10 @@ from training.trainer.distributed import (
     world_size,
 )
 from training.trainer.grad_cache import GradCache
-from training.trainer.losses import Entries, PairLoss, PairLossOutput
+from training.trainer.losses import PairLoss, PairLossOutput
 from training.trainer.monitor import TrainingMonitor
 from training.trainer.stopping import start_worker
+from training.trainer.tiles import Entries
 
 
 BACKBONES = {"language_model", "vision_model"}
@@ -54,6 +55,7 @@ class NoteLLM2Trainer(Trainer):
         train_dataset: pairs with their items; the sampler orders them.
         false_negatives: finds the entries of a joined batch that are no negatives
             (`training.batches.false_negatives.FalseNegatives`).
+        positives: finds those that are positives beside a row's partner; None: none.
         lengths: (items,) length of each item, for `train_sampling_strategy: group_by_length`.
         measure: embeds and measures the evaluation items with the model it is given; a flat dict of metrics.
         arguments: those of `Trainer`; `data_collator` is a `PairCollator`. With `model_init` in place of `model`,
@@ -77,6 +79,7 @@ class NoteLLM2Trainer(Trainer):
         *,
         train_dataset: PairDataset,
         false_negatives: Callable[[Tensor], Entries] | None = None,
+        positives: Callable[[Tensor], Entries] | None = None,
         lengths: np.ndarray | None = None,
         measure: Callable[[nn.Module], dict[str, float]] | None = None,
         **arguments: Any,
@@ -98,6 +101,7 @@ class NoteLLM2Trainer(Trainer):
             matryoshka_dims=self.args.matryoshka_dims,
             false_negative_margin=self.args.false_negative_margin,
             false_negatives=self.monitor.counting(false_negatives) if false_negatives is not None else None,
+            positives=positives,
         )
 
     def _check_engine(self, frozen_vision: bool) -> None:
@@ -157,18 +161,17 @@ class NoteLLM2Trainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Weighted mean of the multimodal and the visual loss over the joined batch of all processes (a scalar)."""
-        item_index, num_pairs = inputs.pop("item_index"), int(inputs.pop("num_pairs"))
+        pairs = take_pairs(inputs)
         with self.forward_context():
             outputs = model(**inputs)
         losses = self.pair_loss(
             outputs.embeddings,
             outputs.visual_embeddings,
             outputs.has_image,
-            item_index,
-            num_pairs,
-            outputs.logit_scale,
+            logit_scale=outputs.logit_scale,
+            **pairs,
         )
-        self.record_losses(losses, item_index, outputs.logit_scale)
+        self.record_losses(losses, pairs["item_index"], outputs.logit_scale)
         return (losses.loss, outputs) if return_outputs else losses.loss
 
     def forward_context(self) -> Any:
@@ -183,7 +186,7 @@ class NoteLLM2Trainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         inputs = self._prepare_inputs(inputs)
-        item_index, num_pairs = inputs.pop("item_index"), int(inputs.pop("num_pairs"))
+        pairs = take_pairs(inputs)
         base = unwrap_adapter(self.model)
         cache = GradCache(self.args.chunk_size, *self._backward(model), autocast=self.forward_context)
         steps = self.current_gradient_accumulation_steps
@@ -191,11 +194,11 @@ class NoteLLM2Trainer(Trainer):
 
         def loss(**embedded: Any) -> PairLossOutput:
             scales.append(embedded["logit_scale"])
-            return self.pair_loss(**embedded, item_index=item_index, num_pairs=num_pairs)
+            return self.pair_loss(**embedded, **pairs)
 
         with self.compute_loss_context_manager(), self._gathered(model):
             losses = cache.step(model, base, inputs, loss, divisor=steps)
-        self.record_losses(losses, item_index, scales[-1])
+        self.record_losses(losses, pairs["item_index"], scales[-1])
         return losses.loss / steps
 
     def _backward(self, model: nn.Module) -> tuple[Callable[[Tensor], None], Callable[[], AbstractContextManager]]:
@@ -326,6 +329,15 @@ class NoteLLM2Trainer(Trainer):
             save_gathered(self.model, folder, state)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
+
+
+def take_pairs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a batch what is the loss's and not the model's: which items, how many pairs, what each pair weighs."""
+    return {
+        "item_index": inputs.pop("item_index"),
+        "num_pairs": int(inputs.pop("num_pairs")),
+        "pair_weight": inputs.pop("pair_weight", None),
+    }
 
 
 def parameter_groups(model: nn.Module, arguments: NoteLLM2TrainingArguments) -> list[dict[str, Any]]:

@@ -44,6 +44,8 @@ def test_entries_are_those_of_a_look_at_each(monkeypatch, entries):
         found = as_matrix(FalseNegatives(**options)(item_index), 40).numpy()
         expected = np.any([same[kind] for kind in kinds], axis=0)
         assert (found & off_diagonal == expected & off_diagonal).all(), options
+    found = as_matrix(FalseNegatives(positives, images, texts).known(item_index), 40).numpy()
+    assert (found == same["known"]).all()
     grid = np.arange(50)
     assert (positives.contains(grid[:, None], grid) == [[(a, b) in known for b in range(50)] for a in range(50)]).all()
 

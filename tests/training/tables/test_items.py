@@ -218,3 +218,21 @@ def test_a_missing_value_of_the_distinct_column_is_no_group(tmp_path, values):
     assert [groups[place] for place in (1, 3, 5)] == [-1, -1, -1]
     assert groups[0] == groups[2] != groups[4]
     assert min(groups[0], groups[4]) >= 0
+
+
+def test_a_pair_without_a_weight_is_rejected(tmp_path):
+    ids = [f"i{number}" for number in range(9)]
+    pq.write_table(pa.table({"item_id": ids, "title": ids}), tmp_path / "items.parquet")
+    scores = ["0.5", "", "-1", "0", "nan", "2e1", "inf", "much"]
+    columns = {"query_id": ids[:-1], "target_id": ids[1:], "score": scores}
+    pq.write_table(pa.table(columns), tmp_path / "pairs.parquet")
+    items, _ = load_items(str(tmp_path / "items.parquet"))
+    table, rejects = load_pairs(str(tmp_path / "pairs.parquet"), items, weight_column="score")
+    assert table.weights.tolist() == [0.5, 0, 20]
+    assert table.pairs.tolist() == [[0, 1], [3, 4], [5, 6]]
+    assert [(reject.row, reject.reason) for reject in rejects] == [
+        (row, "no weight in 'score': a number of at least 0 is wanted") for row in (1, 2, 4, 6, 7)
+    ]
+    pq.write_table(pa.table({**columns, "score": [0.0] * 8}), tmp_path / "zero.parquet")
+    with pytest.raises(TableError, match="no pair has a weight above 0 in 'score'"):
+        load_pairs(str(tmp_path / "zero.parquet"), items, weight_column="score")

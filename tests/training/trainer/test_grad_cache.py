@@ -11,7 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.models import make_model
-from tests.training.trainer.test_losses import (
+from tests.training.trainer.test_loss_processes import (
     PICTURED,
     assert_equal_gradients,
     in_processes,
@@ -26,7 +26,7 @@ from training.trainer.grad_cache import GradCache, split_inputs
 from training.trainer.losses import PairLoss
 
 
-LOSS = PairLoss(false_negatives=known_positives, matryoshka_dims=(8,), tile=16)
+LOSS = PairLoss(false_negatives=known_positives, positives=known_positives, matryoshka_dims=(8,), tile=16)
 # Four pairs and two hard negatives; texts of different lengths, no image in the first two and the last items.
 ITEMS = [
     *(item(number, with_image=number not in (0, 1, 5, 9)) for number in range(8)),
@@ -37,7 +37,8 @@ ITEMS = [
 
 def loss_of(pairs: int, numbers: list[int]):
     """The loss as a function of the model's outputs alone."""
-    return partial(LOSS, item_index=torch.tensor(numbers), num_pairs=pairs)
+    weights = torch.tensor(numbers[:pairs]) % 3 + 0.5
+    return partial(LOSS, item_index=torch.tensor(numbers), num_pairs=pairs, pair_weight=weights)
 
 
 def plain_step(wrapped, model, inputs, loss, divisor=1):

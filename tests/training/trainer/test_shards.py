@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoProcessor, TrainerCallback
 
-from tests.training.trainer.test_losses import in_processes, item, undropped_model
+from tests.training.trainer.test_loss_processes import in_processes, item, undropped_model
 from training.batches.collators import ItemCollator, PairCollator, PairDataset
 from training.evaluation.embed import embed
 from training.tables.pairs import PairTable

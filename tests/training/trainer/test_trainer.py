@@ -7,6 +7,8 @@ import subprocess
 import time
 from functools import partial
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
@@ -259,3 +261,29 @@ def test_the_order_of_pairs_follows_data_seed_where_there_is_one(options, data_s
     pairs = list(DistinctItemsSampler(data.train, size, seed=expected))
     assert [pair for batch in order for pair in batch] == pairs
     assert pairs != list(DistinctItemsSampler(data.train, size, seed=expected + 1))
+
+
+def test_weights_of_pairs_and_several_positives_reach_the_loss(options, coloured_tables, tmp_path):
+    """Equal weights train as none do; pairs of one query, all in one batch, are positives together."""
+    pairs = pd.read_json(coloured_tables / "train.jsonl", lines=True)
+    for name, scores in {"equal": 2.5, "unequal": np.arange(1, len(pairs) + 1)}.items():
+        pairs.assign(score=scores).to_parquet(tmp_path / f"{name}.parquet")
+    settings = {"max_steps": 3, "per_device_train_batch_size": 12}
+
+    def trained(name, **more):
+        given = options(output_dir=tmp_path / name, **settings, **more)
+        place = given.index("--distinct_column")
+        run(*parse(given[:place] + given[place + 2 :]))
+        return weights(tmp_path / name)
+
+    plain = trained("plain")
+    tables = {
+        name: {"train_pairs": tmp_path / f"{name}.parquet", "weight_column": "score"} for name in ("equal", "unequal")
+    }
+    torch.testing.assert_close(trained("a", **tables["equal"]), plain, rtol=0, atol=1e-6)
+    weighted = trained("b", **tables["unequal"])
+    assert not equal_weights(weighted, plain)
+    several = trained("c", several_positives=True)
+    assert not equal_weights(several, plain)
+    with pytest.raises(ValueError, match="several_positives needs mask_known_positives"):
+        trained("f", several_positives=True, mask_known_positives=False)

@@ -30,6 +30,10 @@ class NoteLLM2Config(PreTrainedConfig):
             checkpoint of pictures and text has itself, whose config is then `text_config` as a whole.
         num_query_tokens (`int`, defaults to 16):
             Visual tokens that each image becomes in the LLM's input; "native" gives its own number.
+        query_tokens_std (`float`, defaults to 0.0):
+            Deviation of the query tokens that a new Q-Former starts with. At 0, the published start, all are alike, and a
+            LayerNorm of zeros multiplies gradients by 1e12, of which clipping leaves the rest of the model nothing; 0.02 starts
+            as every other weight of the Q-Former.
         early_fusion (`bool`, defaults to `True`):
             Whether visual tokens enter the LLM. Without it there is neither Q-Former nor projector.
         late_fusion (`bool`, defaults to `True`):
@@ -105,6 +109,7 @@ class NoteLLM2Config(PreTrainedConfig):
     qformer_config: Any = None
     connector: Literal["qformer", "mlp", "native"] = "qformer"
     num_query_tokens: int = 16
+    query_tokens_std: float = 0.0
     early_fusion: bool = True
     late_fusion: bool = True
     micl: bool = True
@@ -168,6 +173,8 @@ class NoteLLM2Config(PreTrainedConfig):
             raise ValueError(f"vision_summary is {self.vision_summary!r}; expected auto, cls, pooler or mean.")
         if self.num_query_tokens < 1:
             raise ValueError(f"num_query_tokens must be at least 1, got {self.num_query_tokens}.")
+        if self.query_tokens_std < 0:
+            raise ValueError(f"query_tokens_std must not be negative, got {self.query_tokens_std}.")
         if self.embedding_dim is not None and self.embedding_dim < 1:
             raise ValueError(f"embedding_dim must be positive, or None for no reduction; got {self.embedding_dim}.")
         if self.visual_loss_weight < 0 or self.multimodal_loss_weight < 0:

@@ -37,7 +37,7 @@ from .precision_notellm2 import keep_precision_apart
 from .readout_notellm2 import item_parts, read_states, seen_tokens
 from .saving_notellm2 import write_sentence_transformers_files
 from .towers_notellm2 import build_vision_encoder
-from .vision_features_notellm2 import VisionFeatures, merge_features
+from .vision_features_notellm2 import VisionFeatures, features_of
 from .vision_notellm2 import vision_features
 from .vision_probe_notellm2 import vision_width
 
@@ -59,7 +59,7 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier for projector, gate, projection and reduction; zero query tokens (paper, section 4.1.3)."""
+        """Xavier for projector, gate, projection and reduction; zero query tokens, or drawn (paper, section 4.1.3)."""
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -71,6 +71,8 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, module.config.logit_scale_init)
             if module.query_tokens is not None:
                 init.zeros_(module.query_tokens)
+                if module.config.query_tokens_std:
+                    init.normal_(module.query_tokens, std=module.config.query_tokens_std)
         else:
             super()._init_weights(module)
 
@@ -326,11 +328,16 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        features = None
-        if vision_hidden_states is not None and vision_pooler_output is not None:
-            features = VisionFeatures(vision_hidden_states, vision_pooler_output, vision_attention_mask, vision_grids)
-        if pixel_values is not None and (features is None or cached_images is not None):
-            features = merge_features(self.get_vision_features(pixel_values, image_sizes), features, cached_images)
+        features = features_of(
+            self.get_vision_features,
+            pixel_values,
+            image_sizes,
+            vision_hidden_states,
+            vision_pooler_output,
+            vision_attention_mask,
+            vision_grids,
+            cached_images,
+        )
         total = 0 if features is None else features.pooler_output.shape[0]
         if total == 1 and num_images is not None and not num_images.any():
             total = 0  # the image of nobody

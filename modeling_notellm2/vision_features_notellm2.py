@@ -1,6 +1,8 @@
 """The one form in which features of pictures are handed on, stored and joined, whatever made them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,4 +73,29 @@ def merge_features(
     return join_features([given, computed]).rows(order)
 
 
-__all__ = ["VisionFeatures", "join_features", "merge_features"]
+def features_of(
+    compute: Callable[[torch.Tensor, torch.Tensor | None], VisionFeatures],
+    pixel_values: torch.Tensor | None = None,
+    image_sizes: torch.Tensor | None = None,
+    vision_hidden_states: torch.Tensor | None = None,
+    vision_pooler_output: torch.Tensor | None = None,
+    vision_attention_mask: torch.Tensor | None = None,
+    vision_grids: torch.Tensor | None = None,
+    cached_images: torch.Tensor | None = None,
+    **_: Any,
+) -> VisionFeatures | None:
+    """Features of a batch's pictures: given, computed now, or some of each; None without pictures.
+
+    Args:
+        compute: the model's `get_vision_features`.
+        pixel_values, ..., cached_images: as the model's `forward` takes them; its other inputs are not looked at.
+    """
+    given = None
+    if vision_hidden_states is not None and vision_pooler_output is not None:
+        given = VisionFeatures(vision_hidden_states, vision_pooler_output, vision_attention_mask, vision_grids)
+    if pixel_values is None or (given is not None and cached_images is None):
+        return given
+    return merge_features(compute(pixel_values, image_sizes), given, cached_images)
+
+
+__all__ = ["VisionFeatures", "features_of", "join_features", "merge_features"]

@@ -24,7 +24,7 @@ from training.batches.data import load_data
 from training.evaluation.run_figures import Clock, RunFigures, counts
 from training.reporting.page import write_report
 from training.reporting.summary import show
-from training.tables.commands.files import write_json
+from training.tables.commands.files import remove_files, write_json
 from training.tables.commands.handler import DONE, DONE_WITH_REJECTS, command
 from training.tables.commands.hashes import weights_of
 from training.tables.commands.model_folder import loading
@@ -32,6 +32,7 @@ from training.tables.commands.outputs import GENERATOR, Output, claimed
 from training.tables.rejects import write_rejects
 from training.tables.validate import validate
 from training.trainer.adapters import load_trainable
+from training.trainer.aligning import RECORD, alignment_of, first_phase
 from training.trainer.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
 from training.trainer.checkpoints import checkpoint_to_resume
 from training.trainer.distributed import agreed, join_restarted, once_per_machine, share_with_deepspeed
@@ -40,7 +41,7 @@ from training.trainer.saving import OF_ONE_MODEL, save_model
 from training.trainer.stopping import stoppable
 
 
-WRITTEN = ("model", "rejects.jsonl", *OF_ONE_MODEL)
+WRITTEN = ("model", "rejects.jsonl", RECORD, *OF_ONE_MODEL)
 
 
 def run(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2TrainingArguments) -> dict[str, Any]:
@@ -69,6 +70,8 @@ def train(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Tra
     if arguments.process_index == 0:
         print(f"Precision: {arguments.precision}")
         write_rejects(data.rejects, output / "rejects.jsonl")
+        if not resume:
+            remove_files(output, [RECORD])
     if arguments.deepspeed:
         share_with_deepspeed()
     model: nn.Module = load_trainable(options, arguments.precision.dtype)
@@ -77,13 +80,21 @@ def train(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Tra
         processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     clock.lap("load")
     features = vision_features(model, processor, data, tables, arguments)
-    trainer = make_trainer(model, processor, data, features, tables, arguments)
     clock.lap("vision_features")
+    aligned = {}
+    if resume:  # a checkpoint's connector has the phase behind it
+        aligned = alignment_of(output)
+    elif options.align_steps:
+        aligned = first_phase(model, processor, data, features, options, arguments)
+        clock.lap("align")
+    trainer = make_trainer(model, processor, data, features, tables, arguments)
+    clock.lap("prepare")
 
     figures = RunFigures(trainer, data, tables, clock)
     report: dict[str, Any] = {
         **GENERATOR,
         "precision": asdict(arguments.precision),
+        "alignment": aligned,
         **figures.before_training(features),
     }
     with stoppable(trainer):

@@ -61,6 +61,12 @@ class AssembleArguments:
     num_query_tokens: Annotated[int, Bounds(1, 4096)] = field(
         default=16, metadata={"help": "Visual tokens of each image."}
     )
+    query_tokens_std: Annotated[float, Bounds(0, 1000)] = field(
+        default=0,
+        metadata={
+            "help": "Deviation of the Q-Former's first query tokens; 0 (published): all zero; 0.02 learns faster."
+        },
+    )
     embedding_dim: Annotated[int, Bounds(0, 65_536)] = field(
         default=64, metadata={"help": "Width of the embeddings; 0: that of the LLM."}
     )
@@ -215,6 +221,7 @@ def config_overrides(arguments: AssembleArguments) -> dict[str, Any]:
     """The options that are fields of `NoteLLM2Config`."""
     names = (
         "num_query_tokens",
+        "query_tokens_std",
         "micl",
         "early_fusion",
         "late_fusion",

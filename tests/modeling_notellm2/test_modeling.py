@@ -245,6 +245,10 @@ def test_assembly_keeps_pretrained_weights_and_means_new_rows():
     assert all(torch.equal(model.vision_model.state_dict()[name], value) for name, value in seen.items())
     assert not model.query_tokens.any()
     assert model.logit_scale == 3
+    drawn = NoteLLM2Model.from_vision_text_pretrained(
+        *make_backbones(), qformer_config=QFORMER, query_tokens_std=0.02, num_query_tokens=64
+    )
+    assert drawn.query_tokens.std().item() == pytest.approx(0.02, rel=0.2)
     # Vocabularies padded beyond their tokenizer: spare rows are used, the matrix keeps its size.
     padded = NoteLLM2Model.from_vision_text_pretrained(*make_backbones(vocab_size=300), qformer_config=QFORMER)
     NoteLLM2Processor.from_vision_text_pretrained(make_image_processor(), make_tokenizer(), model=padded)
@@ -336,3 +340,16 @@ def test_meta_init_device_map_and_token_resize(tiny_model_folder):
     plain.resize_token_embeddings(300)
     assert plain.config.text_config.vocab_size == 300
     torch.testing.assert_close(embed(plain, processor, ITEMS).embeddings, expected)
+
+
+def test_query_tokens_of_zeros_drown_all_other_gradients():
+    """A LayerNorm of zeros divides by its epsilon's root; a clipped step is then nearly theirs alone."""
+    norms = {}
+    for std in (0.0, 0.02):
+        model, processor = make_model()
+        torch.nn.init.normal_(model.query_tokens, std=std)
+        items = [{"title": colour, "image": Image.new("RGB", (8, 8), colour)} for colour in ("red", "blue")]
+        model(**processor(items * 2, return_tensors="pt"), return_loss=True).loss.backward()
+        norms[std] = model.query_tokens.grad.norm() / model.reduction.weight.grad.norm()
+    assert norms[0.0] > 1e6
+    assert norms[0.02] < 1e4

@@ -31,6 +31,7 @@ from training.evaluation.embed import evaluate, measure
 from training.evaluation.run_figures import measure_baselines
 from training.tables.items import ItemTable
 from training.trainer.adapters import unwrap_adapter, with_lora
+from training.trainer.aligning import first_phase
 from training.trainer.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
 from training.trainer.preparation import make_trainer
 
@@ -156,6 +157,8 @@ def measure_variant(
     plain, processor = build(options.model, settings)
     model = with_lora(plain, options) if options.lora_r else plain
     features = vision_features(model, processor, data.items, tables, arguments)
+    if options.align_steps:
+        first_phase(model, processor, data, features, options, arguments)
     trainer = make_trainer(model, processor, data, features, tables, arguments)
     trainer.train()
     collate, size = trainer.data_collator.collate_items, arguments.per_device_eval_batch_size

@@ -7,9 +7,10 @@ teach it, with LLM and vision encoder frozen (after BLIP-2, arXiv 2301.12597, bu
 - matching: the mean of a picture's visual tokens finds, among the batch's items, its own text, as the mean of the word
   embeddings that the LLM has for it. Both are centred in the batch.
 
-`run` is what `training/align.py` does.
+`run` is what `training/align.py` does, `first_phase` what `training/run.py --align_steps` does before the first pair.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,27 +19,33 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, get_cosine_schedule_with_warmup, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import seed_worker
 
 from modeling_notellm2 import choose_precision
-from modeling_notellm2.vision_features_notellm2 import VisionFeatures, merge_features
+from modeling_notellm2.vision_features_notellm2 import features_of
 from training.batches.collators import ItemCollator, cache_vision_features
+from training.batches.data import RunData
 from training.batches.false_negatives import TEXT_FIELDS
+from training.batches.vision_cache import VisionCache
 from training.evaluation.saliency import TEXT, token_kinds
 from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, Processes, Seed, check_bounds
 from training.tables.commands.files import atomic_write, write_json
 from training.tables.commands.model_folder import loading
 from training.tables.commands.options import device_option, encoding_option, split_option
-from training.tables.commands.outputs import Output, claimed
+from training.tables.commands.outputs import GENERATOR, Output, claimed
 from training.tables.images import Item
 from training.tables.items import ItemTable, load_items
 from training.tables.rejects import TableError
-from training.trainer.grad_cache import FEATURES
+from training.trainer.adapters import unwrap_adapter
+from training.trainer.arguments import ModelArguments, NoteLLM2TrainingArguments
+from training.trainer.distributed import world_size
 
 
 TEMPERATURE = 0.07
@@ -47,6 +54,8 @@ CLIP = 1.0
 """Largest norm of the gradients."""
 LOG_STEPS = 10
 RECORD = "alignment.json"
+IN_A_RUN = ("steps", "batch_size", "learning_rate", "caption_weight", "matching_weight")
+"""Options that training/run.py has too, behind `align_`."""
 
 
 @dataclass
@@ -96,12 +105,9 @@ def run(arguments: AlignArguments) -> None:
         model.to(arguments.device)
         check_connector(model, arguments)
         items, rejects = load_items(arguments.items, arguments.split, encoding=arguments.encoding)
-        shown = WithBoth(items, arguments.item_split)
-        if len(shown) < arguments.batch_size:
-            raise TableError(
-                f"{arguments.items}: {len(shown)} items have a picture and a text; a batch takes {arguments.batch_size}. Lower "
-                "--batch_size, or skip the warm-up."
-            )
+        split = arguments.item_split
+        shown = WithBoth(items, np.arange(len(items)) if split is None else items.where("split", split))
+        check_items(shown, arguments)
         root = Path(arguments.vision_cache_dir) if arguments.vision_cache_dir else None
         features = None
         if model.config.freeze_vision:
@@ -110,7 +116,7 @@ def run(arguments: AlignArguments) -> None:
         with atomic_write(output) as place:
             model.save_pretrained(place)
             processor.save_pretrained(place)
-            write_json({"settings": asdict(arguments), "items": len(shown), "log": log}, place / RECORD)
+            write_json(record_of(arguments, shown, log), place / RECORD)
     print(f"{output}: {len(shown):,} items read, {len(rejects):,} rows left out; losses in {RECORD}.")
 
 
@@ -125,16 +131,85 @@ def check_connector(model: Any, arguments: AlignArguments) -> None:
     if arguments.caption_weight and not getattr(model.config.text_config, "tie_word_embeddings", False):
         raise ValueError(
             "The LLM's output layer is not its token embeddings, and a NoteLLM-2 model has no other: it can't write. Set "
-            "--caption_weight 0 for matching alone."
+            "--caption_weight 0 (of training/run.py: --align_caption_weight 0) for matching alone."
+        )
+
+
+def first_phase(
+    model: Any,
+    processor: Any,
+    data: RunData,
+    features: VisionCache | None,
+    options: ModelArguments,
+    arguments: NoteLLM2TrainingArguments,
+) -> dict[str, Any]:
+    """Warm up the connector of a run's model, LoRA around it or not, on the items of its train pairs; in place.
+
+    Every process computes the same, and then takes the first one's result.
+
+    Returns:
+        As in alignment.json, which is written into the run's folder.
+
+    Raises:
+        ValueError: with ZeRO-3, which has the weights in shards already, and as `check_connector`.
+        TableError: where fewer items than a batch takes have a picture and a text.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "align_steps can't train a connector whose weights ZeRO-3 has in shards: run training/align.py."
+        )
+    chosen = {name: getattr(options, f"align_{name}") for name in IN_A_RUN}
+    chosen |= {"num_workers": arguments.dataloader_num_workers, "seed": arguments.seed}
+    settings = AlignArguments(options.model, "", arguments.output_dir, **chosen)
+    base = unwrap_adapter(model)
+    check_connector(base, settings)
+    shown = WithBoth(data.items, np.unique(data.train.pairs))
+    check_items(shown, settings)
+    collate = ItemCollator(processor, features, base.dtype, Path(arguments.output_dir) / "rejects.jsonl")
+    log = align(base, processor, shown, collate, settings, arguments.precision.dtype)
+    if world_size() > 1:
+        for parameter in connector_of(base):
+            dist.broadcast(parameter.data, 0)
+    record = record_of(settings, shown, log)
+    if arguments.process_index == 0:
+        write_json(record, Path(arguments.output_dir) / RECORD)
+    return record
+
+
+def alignment_of(folder: Path) -> dict[str, Any]:
+    """What alignment.json of a run's folder says; empty without one."""
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def record_of(arguments: AlignArguments, items: "WithBoth", log: list[dict[str, float]]) -> dict[str, Any]:
+    """What alignment.json says: settings, number of items, losses."""
+    return {**GENERATOR, "settings": asdict(arguments), "items": len(items), "log": log}
+
+
+def check_items(items: "WithBoth", arguments: AlignArguments) -> None:
+    """Refuses fewer items than a batch takes.
+
+    Raises:
+        TableError: with both numbers.
+    """
+    if len(items) < arguments.batch_size:
+        raise TableError(
+            f"{len(items)} items have a picture and a text; a batch of the connector's warm-up takes {arguments.batch_size}. "
+            "Lower --batch_size (of training/run.py: --align_batch_size), or skip the warm-up."
         )
 
 
 class WithBoth(Dataset):
-    """The items of a table that have a picture and a text."""
+    """Those of some items that have a picture and a text.
 
-    def __init__(self, items: ItemTable, split: str | None = None):
+    Args:
+        items: a table.
+        chosen: `(n,)` positions in it.
+    """
+
+    def __init__(self, items: ItemTable, chosen: np.ndarray):
         self.items = items
-        chosen = np.arange(len(items)) if split is None else items.where("split", split)
         self.positions = chosen[has_both(items)[chosen]]
 
     def __len__(self) -> int:
@@ -157,7 +232,7 @@ def align(
     arguments: AlignArguments,
     dtype: torch.dtype = torch.float32,
 ) -> list[dict[str, float]]:
-    """Train the connector in place.
+    """Train the connector in place; what else takes gradients does so again afterwards.
 
     Args:
         dtype: of the computation (autocast).
@@ -165,12 +240,14 @@ def align(
     Returns:
         The means of both losses over every tenth of the steps or so: `step`, `caption_loss`, `matching_loss`.
     """
-    model.train().requires_grad_(False)
-    qformer = [] if model.qformer is None else [model.query_tokens, *model.qformer.parameters()]
-    connector = [*qformer, *model.projector.parameters()]
+    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    connector = connector_of(model)
     for parameter in connector:
         parameter.requires_grad_(True)
-    if qformer and not model.query_tokens.any():  # alike in all, they would stay alike: matching sees their mean alone
+    if (
+        model.query_tokens is not None and not model.query_tokens.any()
+    ):  # alike in all, they would stay alike: matching sees their mean alone
         torch.nn.init.normal_(model.query_tokens, std=model.config.initializer_range)
     optimizer = torch.optim.AdamW(connector, lr=arguments.learning_rate, weight_decay=1e-3)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(WARM_UP * arguments.steps), arguments.steps)
@@ -194,8 +271,16 @@ def align(
             count = (step - 1) % LOG_STEPS + 1
             log.append({"step": step, "caption_loss": float(sums[0]) / count, "matching_loss": float(sums[1]) / count})
             sums.zero_()
-    model.requires_grad_(True).eval()
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    model.eval()
     return log
+
+
+def connector_of(model: Any) -> list[torch.nn.Parameter]:
+    """The parameters of Q-Former, where there is one, and projector."""
+    qformer = [] if model.qformer is None else [model.query_tokens, *model.qformer.parameters()]
+    return [*qformer, *model.projector.parameters()]
 
 
 def endless(items: WithBoth, collate: Any, arguments: AlignArguments) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -233,7 +318,9 @@ def alignment_losses(model: Any, inputs: dict[str, Tensor], kinds: Tensor, capti
         output = model(**inputs, output_hidden_states=True, output_vision_features=True)
         hidden, mask = output.vision_hidden_states, output.vision_attention_mask
     else:
-        hidden, mask = _features(model, inputs)
+        features = features_of(model.get_vision_features, **inputs)
+        assert features is not None
+        hidden, mask = features.last_hidden_state, features.attention_mask
     words = model.get_input_embeddings()
     caption = hidden.new_zeros(())
     if output is not None:
@@ -247,18 +334,6 @@ def alignment_losses(model: Any, inputs: dict[str, Tensor], kinds: Tensor, capti
     has_both = own.any(1) & (images > 0)
     texts = (words(inputs["input_ids"]).float() * own.unsqueeze(-1)).sum(1) / own.sum(1, keepdim=True).clamp(min=1)
     return [caption.float(), matching_loss(pictures[has_both] / images[has_both].unsqueeze(-1), texts[has_both])]
-
-
-def _features(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Tokens of the batch's pictures and their mask, of which some or all may come from the cache."""
-    stored = None
-    if "vision_hidden_states" in inputs:
-        stored = VisionFeatures(*(inputs.get(name) for name in FEATURES))  # type: ignore[arg-type]
-    if "pixel_values" in inputs:
-        seen = model.get_vision_features(inputs["pixel_values"], inputs.get("image_sizes"))
-        stored = merge_features(seen, stored, inputs.get("cached_images"))
-    assert stored is not None
-    return stored.last_hidden_state, stored.attention_mask
 
 
 def matching_loss(pictures: Tensor, texts: Tensor) -> Tensor:

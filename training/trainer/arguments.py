@@ -110,6 +110,24 @@ class ModelArguments:
         default=False, metadata={"help": "Save a plain model with LoRA merged in, in place of the adapter alone."}
     )
 
+    align_steps: NotNegative = field(
+        default=0,
+        metadata={
+            "help": "Batches on which a new connector is warmed up before the first pair, as by training/align.py, on the "
+            "train items alone; 0: none. A resumed run skips it."
+        },
+    )
+    align_batch_size: Annotated[int, Bounds(2, 65_536)] = field(
+        default=32, metadata={"help": "Items in a batch of the warm-up."}
+    )
+    align_learning_rate: Annotated[float, Bounds(0, 1000)] = field(
+        default=1e-3, metadata={"help": "Largest of the warm-up; cosine decay."}
+    )
+    align_caption_weight: NotNegative = field(
+        default=1, metadata={"help": "Of the warm-up's captioning loss; 0: the LLM isn't run, many times as fast."}
+    )
+    align_matching_weight: NotNegative = field(default=1, metadata={"help": "Of the warm-up's matching loss."})
+
     def __post_init__(self) -> None:
         check_bounds(self)
         if not self.lora_r and (self.use_dora or self.load_in_4bit or self.merge_adapter):

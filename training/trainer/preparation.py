@@ -20,7 +20,7 @@ from training.trainer.distributed import once_per_machine
 from training.trainer.trainer import NoteLLM2Trainer
 
 
-STANDARD_ITEMS = 1024
+STANDARD_ITEMS = 256
 """Train items on which states are measured."""
 
 

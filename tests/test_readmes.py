@@ -1,5 +1,6 @@
 """Every Python block and every command of the README files is run, on tiny models and tables in the places they name."""
 
+import json
 import os
 import re
 import runpy
@@ -15,13 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.support.models import (
-    make_backbones,
-    make_image_processor,
-    make_tokenizer,
-    save_dual_encoder,
-    save_text_model,
-)
+from tests.support.models import save_dual_encoder, save_named_halves, save_text_model
 from tests.support.native_models import saved_checkpoint
 from tests.support.server import started
 
@@ -120,11 +115,7 @@ def clone(tmp_path, tiny_model_folder):
         pq.write_table(pa.Table.from_pylist(content), demo / "data" / f"{name}.parquet")
         shutil.copy(demo / "data" / f"{name}.parquet", folder / f"{name}.parquet")
     pq.write_table(pa.Table.from_pylist(log), folder / "log.parquet")
-    vision, text = make_backbones(vocab_size=300)
-    vision.save_pretrained(folder / "backbones" / "vision")
-    make_image_processor().save_pretrained(folder / "backbones" / "vision")
-    text.save_pretrained(folder / "backbones" / "text")
-    make_tokenizer().save_pretrained(folder / "backbones" / "text")
+    save_named_halves(folder / "backbones")
     saved_checkpoint("qwen3_vl", folder / "backbones" / "native")
     save_text_model(folder / "others" / "texts")
     save_dual_encoder("clip", folder / "others" / "clip")
@@ -163,6 +154,10 @@ def test_what_a_readme_shows_works(readme, clone, monkeypatch):
             run_command(block)
         else:
             exec(compile(block, readme, "exec"), names)
+    if readme == "training/README.md":
+        trained = json.loads(Path("runs/qwen3/model/config.json").read_text(encoding="utf-8"))
+        families = [trained[part]["model_type"] for part in ("text_config", "vision_config")]
+        assert families == ["qwen3", "siglip_vision_model"]
 
 
 def test_nothing_is_left_out_for_a_reason_that_is_gone():

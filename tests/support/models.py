@@ -19,9 +19,13 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
     SiglipConfig,
     SiglipModel,
     SiglipProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -60,6 +64,20 @@ def make_backbones(vocab_size: int = 260) -> tuple[CLIPVisionModel, LlamaModel]:
     )
     text = LlamaModel(LlamaConfig(vocab_size=vocab_size, hidden_size=48, intermediate_size=96, **heads))
     return vision.eval(), text.eval()
+
+
+def save_named_halves(folder: Path) -> None:
+    """Tiny models of the families that the README files join, Qwen3 and SigLIP 2, in `text` and `vision` of a folder."""
+    torch.manual_seed(0)
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    qwen3 = Qwen3Config(
+        vocab_size=300, hidden_size=48, intermediate_size=96, num_key_value_heads=2, head_dim=16, **heads
+    )
+    siglip = SiglipVisionConfig(hidden_size=32, intermediate_size=64, image_size=32, patch_size=8, **heads)
+    Qwen3Model(qwen3).save_pretrained(folder / "text")
+    make_tokenizer().save_pretrained(folder / "text")
+    SiglipVisionModel(siglip).save_pretrained(folder / "vision")
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "vision")
 
 
 def make_model(**overrides) -> tuple[NoteLLM2Model, NoteLLM2Processor]:

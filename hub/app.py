@@ -19,7 +19,13 @@ from typing import Annotated
 
 from training.tables.commands.bounds import Bounds, check_bounds
 from training.tables.commands.handler import DONE, command, parse
-from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
+from training.tables.commands.options import (
+    allow_remote_option,
+    device_option,
+    dtype_option,
+    encoding_option,
+    split_option,
+)
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -42,6 +48,7 @@ class AppArguments:
     )
     split: str | None = split_option()
     encoding: str | None = encoding_option()
+    allow_remote: str | None = allow_remote_option()
     index: str | None = field(
         default=os.environ.get("NOTELLM2_INDEX"), metadata={"help": "Index of ITEMS; none: encode and index them now."}
     )
@@ -75,6 +82,7 @@ def main(options: Sequence[str] | None = None) -> int | None:
         arguments.visual_index,
         split=arguments.split,
         encoding=arguments.encoding,
+        allow_remote=arguments.allow_remote,
         cache=arguments.cache,
         device=arguments.device,
         dtype=arguments.dtype,

@@ -30,6 +30,7 @@ from hub.neighbours.updating import UpdateArguments, update
 from modeling_notellm2 import DTYPES
 from training.tables.commands.bounds import AtLeastOne, check_bounds
 from training.tables.commands.handler import DONE, OptionError, command, parse, plain_console
+from training.tables.commands.options import allow_remote_option
 
 
 @dataclass
@@ -52,6 +53,7 @@ class SearchArguments:
             "choices": list(DTYPES),
         },
     )
+    allow_remote: str | None = allow_remote_option()
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -80,7 +82,9 @@ def search(arguments: SearchArguments) -> Table:
     else:
         from hub.neighbours.queries import encode_item  # with torch, which a search by id does without
 
-        queries = encode_item(Path(arguments.item or ""), index, arguments.model, arguments.dtype)
+        queries = encode_item(
+            Path(arguments.item or ""), index, arguments.model, arguments.dtype, arguments.allow_remote
+        )
     name = arguments.id or arguments.item
     table = Table(title=Text(f"Nearest to {name} of {len(index):,} items"), title_justify="left")
     for column in ("#", "score", "item_id", "title"):
@@ -106,6 +110,7 @@ def write(arguments: BuildArguments | UpdateArguments | ExportArguments) -> None
             arguments.split,
             arguments.encoding,
             arguments.since,
+            arguments.allow_remote,
         )
         deleted = f", {counts.deleted:,} to delete" if arguments.since else ""
         print(f"{arguments.output}: {counts.written:,} items for {arguments.format}{deleted}")

@@ -29,7 +29,7 @@ from hub.publishing.sending import Destination, Publication, listing, push, samp
 from hub.publishing.space import SpaceDetails, prepare_space
 from training.tables.commands.files import scratch_folder
 from training.tables.commands.handler import DONE, FAILED, command, parse, plain_console
-from training.tables.commands.options import encoding_option, split_option
+from training.tables.commands.options import allow_remote_option, encoding_option, split_option
 from training.tables.commands.outputs import Output, claimed
 
 
@@ -53,6 +53,7 @@ class PublishArguments:
     test_pairs: str | None = field(default=None, metadata={"help": "Pair table to measure on, with --dataset."})
     split: str | None = split_option()
     encoding: str | None = encoding_option()
+    allow_remote: str | None = allow_remote_option()
     pictures_anywhere: bool = field(
         default=False, metadata={"help": "With --dataset: also pictures that lie outside the item table's folder."}
     )
@@ -106,6 +107,7 @@ def prepare(arguments: PublishArguments, staging: Path) -> Publication:
             arguments.split,
             arguments.encoding,
             arguments.pictures_anywhere,
+            arguments.allow_remote,
         )
     assert arguments.model
     if arguments.space:
@@ -118,6 +120,7 @@ def prepare(arguments: PublishArguments, staging: Path) -> Publication:
             arguments.visual_index,
             arguments.split,
             arguments.encoding,
+            arguments.allow_remote,
         )
         return prepare_space(space, staging, Path(arguments.rejects))
     if arguments.server:

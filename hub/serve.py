@@ -34,7 +34,8 @@ from hub.serving.server import bind, listen
 from modeling_notellm2 import choose_precision
 from training.tables.commands.bounds import AtLeastOne, Bounds, check_bounds
 from training.tables.commands.handler import DONE, OptionError, command, parse
-from training.tables.commands.options import device_option, dtype_option
+from training.tables.commands.options import allow_remote_option, device_option, dtype_option
+from training.tables.remote.places import Allowed
 
 
 API_KEY = "NOTELLM2_API_KEY"
@@ -81,15 +82,14 @@ class ServeArguments:
     body_seconds: Annotated[float, Bounds(0.1, 3600)] = field(
         default=Limits.body_seconds, metadata={"help": "Until a request's head, and then its body, must have arrived."}
     )
-    allow_remote: str | None = field(
-        default=None,
-        metadata={"help": "Hosts, with commas between them, whose pictures are fetched; none: none are fetched."},
-    )
+    allow_remote: str | None = allow_remote_option()
 
     def __post_init__(self) -> None:
         check_bounds(self)
         if self.max_items > self.queue_items:
             raise OptionError(f"--max_items {self.max_items} don't fit into --queue_items {self.queue_items}.")
+        if self.allowed().places:
+            raise OptionError(f"--allow_remote {self.allow_remote}: requests' pictures are fetched from hosts alone.")
 
     def limits(self) -> Limits:
         """Of requests."""
@@ -103,9 +103,9 @@ class ServeArguments:
             items=self.max_items,
         )
 
-    def hosts(self) -> frozenset[str]:
-        """Of pictures."""
-        return frozenset(host.strip().lower() for host in (self.allow_remote or "").split(",") if host.strip())
+    def allowed(self) -> Allowed:
+        """Where pictures may be fetched."""
+        return Allowed.of(self.allow_remote)
 
 
 def load_service(arguments: ServeArguments) -> Service:
@@ -131,7 +131,7 @@ def load_service(arguments: ServeArguments) -> Service:
     batcher.load()
     local = Path(arguments.model).is_dir()
     name = arguments.name or (Path(arguments.model).resolve().name if local else arguments.model)
-    pictures = Pictures(limits, arguments.hosts())
+    pictures = Pictures(limits, arguments.allowed())
     return Service(name, batcher, pictures, limits, metrics, index, os.environ.get(API_KEY) or None)
 
 

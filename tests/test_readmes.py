@@ -49,6 +49,7 @@ ELSEWHERE = {
     "hub/app.py": "it serves until it is stopped: tests/hub/pages/test_app.py",
     "hub/convert_official.py": "it needs a research checkpoint: tests/hub/backbones/test_convert_official.py",
     "training.experiments.movielens": "tests/training/experiments/test_movielens.py",
+    "s3://": "it needs a network: tests/training/test_remote_runs.py",
     "--text_layers": "it reads the packaged backbones: tests/hub/backbones",
     **dict.fromkeys(
         ("ORG/BASE", "ORG/DATA", "ORG/APP"), "it sends to the Hub: tests/hub/publishing/test_publish_others.py"

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -98,9 +99,9 @@ def test_no_circle_of_imports():
     TopologicalSorter(needs).prepare()  # CycleError names the circle
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_command_as_a_script_shadows_no_library(command):
-    """`-i` goes on behind the command's end, in the same process, with what stands on stdin."""
+@cache
+def helped(command: Path) -> str:
+    """A command's help, and where its process finds modules: `-i` goes on behind its end with what stands on stdin."""
     asked = "import importlib.util as u\n" + "".join(
         f"s = u.find_spec({name!r}); print('FOUND', {name!r}, s.origin if s else None)\n"
         for name in ("evaluate", command.stem, "metrics", "tables", "index")
@@ -109,6 +110,20 @@ def test_a_command_as_a_script_shadows_no_library(command):
         [sys.executable, "-i", str(command), "--help"], input=asked, capture_output=True, text=True, cwd=ROOT.parent
     )
     assert "usage:" in done.stdout
-    places = {line.split()[1]: line.split()[2] for line in done.stdout.splitlines() if line.startswith("FOUND")}
+    return done.stdout
+
+
+each_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+
+
+@each_command
+def test_a_command_as_a_script_shadows_no_library(command):
+    places = {line.split()[1]: line.split()[2] for line in helped(command).splitlines() if line.startswith("FOUND")}
     assert Path(places["evaluate"]).parent.name == "evaluate"
     assert not [place for place in places.values() if place.startswith(str(ROOT)) and ".venv" not in place]
+
+
+@each_command
+def test_who_reads_tables_says_what_may_be_fetched(command):
+    reads = any(option in helped(command) for option in ("--items ", "--interactions "))
+    assert ("--allow_remote " in helped(command)) == (reads or command.name == "serve.py")

@@ -17,8 +17,10 @@ from training.reporting.page import PAGE, write_report
 from training.reporting.run_plots import RUN_PLOTS
 from training.tables.commands.handler import DONE, FileError, command, parse
 from training.tables.commands.hashes import weights_of
+from training.tables.commands.options import allow_remote_option
 from training.tables.commands.outputs import Output, claimed
 from training.tables.items import ItemTable, load_items
+from training.tables.remote.places import is_address
 
 
 @dataclass
@@ -29,16 +31,19 @@ class ReportArguments:
     items: str | None = field(
         default=None, metadata={"help": "Its item table, for pictures; none: the one that it was trained on."}
     )
+    allow_remote: str | None = allow_remote_option()
 
 
-def items_of(run: Path, source: str | None) -> ItemTable | None:
+def items_of(run: Path, source: str | None, allow_remote: str | None = None) -> ItemTable | None:
     """The items that a run was measured on, of its table or the one named; None, with a line, where its table has gone."""
     settings = json.loads((run / "metrics.json").read_text(encoding="utf-8")).get("settings", {})
-    if source is None and not Path(settings.get("items", "")).exists():
-        print(f"No pictures: the run's item table {settings.get('items')!r} is not there; name it with --items.")
+    named = source or settings.get("items", "")
+    if source is None and not Path(named).exists() and not (allow_remote and is_address(named)):
+        remedy = "pass --allow_remote" if is_address(named) else "name it with --items"
+        print(f"No pictures: the run's item table {named!r} is not there; {remedy}.")
         return None
     items, _ = load_items(
-        source or settings["items"], settings.get("split"), check_images=False, encoding=settings.get("encoding")
+        named, settings.get("split"), False, encoding=settings.get("encoding"), allow_remote=allow_remote
     )
     split = settings.get("eval_split")
     return items.select(items.where("split", split)) if split else items
@@ -52,7 +57,7 @@ def report(arguments: ReportArguments) -> Path:
     """
     run = Path(arguments.run)
     try:
-        items = items_of(run, arguments.items)
+        items = items_of(run, arguments.items, arguments.allow_remote)
         with claimed([Output("--run", run, (PAGE, *RUN_PLOTS))], [arguments.items]):
             return write_report(run, items, weights_of(run / "model"))
     except FileNotFoundError as error:

@@ -130,6 +130,7 @@ def check_tables(tables: DataArguments, arguments: NoteLLM2TrainingArguments) ->
         workers,
         split=tables.split,
         encoding=tables.encoding,
+        allow_remote=tables.allow_remote,
     )
 
 

@@ -15,6 +15,7 @@ from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model, NoteLLM2Processor
 from modeling_notellm2.backbones_notellm2 import load_language_model
 from training.tables.commands.bounds import Bounds, NotNegative, Seed, check_bounds
 from training.tables.commands.files import atomic_write, write_json
+from training.tables.commands.options import allow_remote_option
 from training.tables.commands.outputs import Output, check_strangers, claimed
 from training.tables.items import load_items
 from training.tables.pairs import load_pairs
@@ -58,6 +59,7 @@ class AssembleArguments:
     train_pairs: str | None = field(
         default=None, metadata={"help": "Pair table, query_id and target_id, for --text_layers auto."}
     )
+    allow_remote: str | None = allow_remote_option()
     num_query_tokens: Annotated[int, Bounds(1, 4096)] = field(
         default=16, metadata={"help": "Visual tokens of each image."}
     )
@@ -138,7 +140,7 @@ def cut_to_need(model: PreTrainedModel, processor: NoteLLM2Processor, arguments:
     """Leaves as many of the first layers as related items need to find each other by their texts, in place; says how many."""
     assert arguments.items is not None
     assert arguments.train_pairs is not None
-    items, _ = load_items(arguments.items, check_images=False)
+    items, _ = load_items(arguments.items, check_images=False, allow_remote=arguments.allow_remote)
     pairs, _ = load_pairs(arguments.train_pairs, items)
     depths = measure_depths(model, processor, items, pairs.pairs, arguments.readout, arguments.seed)
     print(depths)

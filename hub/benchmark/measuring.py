@@ -16,7 +16,13 @@ from training.tables.commands.bounds import AtLeastOne, Processes, check_bounds
 from training.tables.commands.files import remove_files, write_json, write_text
 from training.tables.commands.handler import FileError
 from training.tables.commands.hashes import weights_of
-from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
+from training.tables.commands.options import (
+    allow_remote_option,
+    device_option,
+    dtype_option,
+    encoding_option,
+    split_option,
+)
 from training.tables.commands.outputs import GENERATOR, MARK
 from training.tables.items import ItemTable
 from training.tables.pairs import load_evaluation
@@ -49,6 +55,7 @@ class TaskArguments:
     name: str = field(default="Catalogue", metadata={"help": "Of the task, in mteb's results."})
     split: str | None = split_option()
     encoding: str | None = encoding_option()
+    allow_remote: str | None = allow_remote_option()
     eval_split: str | None = field(
         default=None, metadata={"help": "Take the items whose column `split` says this; none: all."}
     )
@@ -87,6 +94,7 @@ def measure(arguments: TaskArguments) -> dict[str, Any]:
         arguments.eval_split,
         arguments.encoding,
         arguments.num_workers,
+        arguments.allow_remote,
     )
     remove_files(output, (SCORES, SHOWN_SCORES))
     written = write_task(items, table.pairs, output / TASK, arguments.category)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from hub.catalogue.shards import EMBEDDING, MANIFEST, VISUAL_EMBEDDING, ShardError, read_manifest, vectors_of
 from training.tables.commands.files import atomic_write
 from training.tables.commands.hashes import file_sha256
+from training.tables.commands.options import allow_remote_option
 from training.tables.commands.outputs import Output, check_strangers
 from training.tables.items import ItemTable, load_items
 
@@ -138,6 +139,7 @@ class TitleArguments:
     items: str | None = field(default=None, metadata={"help": "The item table that was encoded, for titles."})
     split: str | None = field(default=None, metadata={"help": "Its split, as it was encoded."})
     encoding: str | None = field(default=None, metadata={"help": "Its encoding, as it was encoded."})
+    allow_remote: str | None = allow_remote_option()
 
     def table(self) -> ItemTable | None:
         """The item table; None where titles are not wanted.
@@ -147,7 +149,7 @@ class TitleArguments:
         """
         if not self.items:
             return None
-        return load_items(self.items, self.split, check_images=False, encoding=self.encoding)[0]
+        return load_items(self.items, self.split, False, encoding=self.encoding, allow_remote=self.allow_remote)[0]
 
 
 class _Titles:

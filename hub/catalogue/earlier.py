@@ -5,6 +5,7 @@ An item is the same when what the model reads of it is: its texts and the bytes 
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -106,7 +107,7 @@ def content_hash(item: Item) -> bytes | None:
     texts = json.dumps([item.get(name) for name in READ_FIELDS])  # in ASCII, whatever they are
     digest = xxhash.xxh3_128(texts.encode())
     sources = image_sources(item.get("image"))
-    if not all(isinstance(source, (bytes, str)) for source in sources):
+    if not all(isinstance(source, (bytes, str, os.PathLike)) for source in sources):
         return None
     try:
         for source in sources:
@@ -116,7 +117,7 @@ def content_hash(item: Item) -> bytes | None:
     return digest.digest()
 
 
-def _picture_hash(source: bytes | str) -> bytes:
+def _picture_hash(source: bytes | str | os.PathLike[str]) -> bytes:
     if isinstance(source, bytes):
         return xxhash.xxh3_128_digest(source)
     check_regular_file(source)

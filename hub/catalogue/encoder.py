@@ -22,6 +22,7 @@ from modeling_notellm2.pixels_notellm2 import join_pictures
 from training.tables.commands.model_folder import loading
 from training.tables.items import Item, ItemTable
 from training.tables.rejects import Reject, Rejects
+from training.tables.remote.pictures import fetch_pictures_of
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,8 @@ class Rows:
 
     def prepare(self, encoder: ItemEncoder, number: int, rows: tuple[int, int]) -> PreparedBlock:
         """A block of rows, ready for the model."""
+        if self.items.table.allow_remote:
+            fetch_pictures_of(item for _, item in items_between(self.items, *rows))
         items = ((replace(place, content=content_hash(item)), item) for place, item in items_between(self.items, *rows))
         return encoder.prepare(number, items, self.rejects.between(*rows), self.earlier)
 

@@ -22,7 +22,13 @@ from modeling_notellm2 import Precision, choose_precision
 from training.tables.commands.bounds import AtLeastOne, Bounds, Processes, check_bounds
 from training.tables.commands.hashes import file_sha256
 from training.tables.commands.model_folder import ADAPTER_CONFIG, loading
-from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
+from training.tables.commands.options import (
+    allow_remote_option,
+    device_option,
+    dtype_option,
+    encoding_option,
+    split_option,
+)
 from training.tables.commands.outputs import Output, check_inputs
 from training.tables.items import load_items
 from training.tables.reading import Table
@@ -54,6 +60,7 @@ class EncodeArguments:
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model of the Hub."})
     split: str | None = split_option()
     encoding: str | None = encoding_option()
+    allow_remote: str | None = allow_remote_option()
     embedding_type: str = field(
         default="float32",
         metadata={
@@ -128,6 +135,7 @@ def encode(arguments: EncodeArguments) -> dict[str, Any]:
             check_images=False,  # the encoder opens them
             num_workers=arguments.num_workers,
             encoding=arguments.encoding,
+            allow_remote=arguments.allow_remote,
         )
     )
     plan = Plan(len(rows), arguments.rows_per_block, arguments.rows_per_shard)
@@ -225,6 +233,8 @@ def describe_job(arguments: EncodeArguments, model_folder: Path, table: Table) -
     revision = model_folder.name if model_folder.parent.name == "snapshots" else arguments.revision
     names = ("encoding", "embedding_type", "visual", "compile", "batch_size", "rows_per_block", "rows_per_shard")
     settings = {name: getattr(arguments, name) for name in names}
+    if arguments.allow_remote is not None:  # jobs of earlier programs don't have it
+        settings["allow_remote"] = arguments.allow_remote
     dtype = choose_precision(arguments.dtype, arguments.device).name
     return {
         "model": {"source": arguments.model, "revision": revision, "sha256": total, "files": files},

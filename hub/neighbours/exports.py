@@ -44,6 +44,7 @@ def export(
     split: str | None = None,
     encoding: str | None = None,
     since: str | None = None,
+    allow_remote: str | None = None,
 ) -> Exported:
     """Write a catalogue for a database; or, since an earlier export, what it must insert and delete.
 
@@ -51,7 +52,7 @@ def export(
         embeddings: folder that hub/encode.py wrote.
         name: of `FORMATS`.
         output: folder to write; an earlier export there is replaced.
-        items, split, encoding: the item table that was encoded, for titles.
+        items, split, encoding, allow_remote: the item table that was encoded, for titles.
         since: folder of an earlier export, or of the changes since an earlier one.
 
     Raises:
@@ -60,7 +61,7 @@ def export(
     """
     with claimed([Output("--output", Path(output))], (embeddings, items, since)), new_folder(Path(output)) as folder:
         catalogue = Catalogue.open(embeddings)
-        table = TitleArguments(items=items, split=split, encoding=encoding).table()
+        table = TitleArguments(items=items, split=split, encoding=encoding, allow_remote=allow_remote).table()
         known = _known(Path(since), name, catalogue.width, titles=table is not None) if since else STATES.empty_table()
         known_states = known["state"].combine_chunks()
         written = 0

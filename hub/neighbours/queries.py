@@ -13,11 +13,14 @@ from modeling_notellm2.texts_notellm2 import CellError
 from training.tables.columns import item_of
 
 
-def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto") -> np.ndarray:
+def encode_item(
+    path: Path, index: Index, model: str | None, dtype: str = "auto", allow_remote: str | None = None
+) -> np.ndarray:
     """Vector `(1, d)` of an item in a JSON file, by the model that encoded the index.
 
     Args:
         dtype: of the model's weights; "auto": that of the index's own vectors.
+        allow_remote: what may be asked for the item's pictures.
 
     Raises:
         ValueError: for a file that holds no item, an item that can't be encoded, or another model.
@@ -34,7 +37,7 @@ def encode_item(path: Path, index: Index, model: str | None, dtype: str = "auto"
     visual = index.settings["embedding"] == VISUAL_EMBEDDING
     encoder = ItemEncoder(str(folder), index.settings["dtype"] if dtype == "auto" else dtype, visual=visual)
     try:
-        item = item_of(raw, path.parent)
+        item = item_of(raw, path.parent, allow_remote)
     except CellError as error:
         raise ValueError(f"{path}: {error}.") from error
     block = encoder.embed(encoder.prepare(0, [(Place(item["item_id"] or path.stem, path.name, 0), item)]))

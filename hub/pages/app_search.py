@@ -143,6 +143,7 @@ def open_search(
     *,
     split: str | None = None,
     encoding: str | None = None,
+    allow_remote: str | None = None,
     cache: str | None = None,
     device: str = "cpu",
     dtype: str = "auto",
@@ -153,14 +154,14 @@ def open_search(
         model: folder or Hub id.
         items: the item table.
         index, visual_index: folders that `hub/index.py` wrote, the second with `--visual`.
-        split, encoding: of the item table.
+        split, encoding, allow_remote: of the item table.
         cache: folder for what is built; None: a folder of the user's cache.
         device, dtype: for queries and encoding.
 
     Raises:
         ValueError: for a model, table or index that can't be used, or that don't belong together.
     """
-    loaded, _ = load_items(items, split, check_images=False, encoding=encoding)
+    loaded, _ = load_items(items, split, False, encoding=encoding, allow_remote=allow_remote)
     folder = find_model(model, None)
     precision = choose_precision(dtype, device)
     print(f"Precision: {precision}")
@@ -208,6 +209,7 @@ def build_indexes(
     arguments = EncodeArguments(
         str(model), items, "", split=split, encoding=encoding, visual=has_visual, device=device, dtype=dtype
     )
+    arguments.allow_remote = loaded.table.allow_remote
     job = json.dumps(_without_places(describe_job(arguments, model, loaded.table)), sort_keys=True)
     folder = Path(cache or Path(HF_HOME) / "notellm2-app") / hashlib.sha256(job.encode()).hexdigest()[:16]
     arguments.output = str(folder / "vectors")

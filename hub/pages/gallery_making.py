@@ -13,7 +13,13 @@ from modeling_notellm2 import choose_precision
 from training.tables.commands.bounds import AtLeastOne, Seed, check_bounds
 from training.tables.commands.files import atomic_writes, write_text
 from training.tables.commands.model_folder import loading
-from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
+from training.tables.commands.options import (
+    allow_remote_option,
+    device_option,
+    dtype_option,
+    encoding_option,
+    split_option,
+)
 from training.tables.commands.outputs import Output, claimed
 from training.tables.items import load_items
 
@@ -29,6 +35,7 @@ class GalleryArguments:
     output: str = field(metadata={"help": "HTML file to write; an earlier one is replaced."})
     split: str | None = split_option()
     encoding: str | None = encoding_option()
+    allow_remote: str | None = allow_remote_option()
     queries: AtLeastOne = field(
         default=12, metadata={"help": "Items drawn to ask with; with --pairs those that have a partner."}
     )
@@ -65,7 +72,9 @@ def gallery(arguments: GalleryArguments) -> EmbeddedItems:
 def make_gallery(arguments: GalleryArguments, page: Path, rejects: Path) -> EmbeddedItems:
     """What `gallery` does, at the places where its files are written."""
     # The encoder opens the pictures.
-    items, left_out = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
+    items, left_out = load_items(
+        arguments.items, arguments.split, False, encoding=arguments.encoding, allow_remote=arguments.allow_remote
+    )
     if arguments.label_column:
         items.table.require([arguments.label_column])
     with loading(arguments.model):

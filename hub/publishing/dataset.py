@@ -112,6 +112,7 @@ def prepare_dataset(
     split: str | None = None,
     encoding: str | None = None,
     pictures_anywhere: bool = False,
+    allow_remote: str | None = None,
 ) -> Publication:
     """Writes all tables and the card.
 
@@ -121,7 +122,7 @@ def prepare_dataset(
         staging: an empty folder.
         rejects: file that lists rows left out.
         split: of the items; None: all.
-        encoding: of text tables, as of `training.tables.reading.open_table`.
+        encoding, allow_remote: of the tables, as of `training.tables.reading.open_table`.
         pictures_anywhere: also pictures outside the table's folder.
 
     Raises:
@@ -130,13 +131,15 @@ def prepare_dataset(
     """
     written: dict[str, WrittenTable] = {}
     with RejectsFile(rejects) as listed:
-        loaded = load_items(items, split, check_images=False, encoding=encoding)  # they are opened one by one
+        # Pictures are opened one by one.
+        loaded = load_items(items, split, check_images=False, encoding=encoding, allow_remote=allow_remote)
         written[ITEMS], published = write_items(*loaded, staging, listed, pictures_anywhere=pictures_anywhere)
         for config, source in pairs.items():
             if source is not None:
-                written[config] = write_pairs(open_table(source, encoding=encoding), config, staging, listed, published)
-    for config, table in written.items():
-        if not table.rows:
+                table = open_table(source, None, encoding, allow_remote)
+                written[config] = write_pairs(table, config, staging, listed, published)
+    for config, of_config in written.items():
+        if not of_config.rows:
             raise ValueError(f"{config}: no usable row; {rejects} lists why.")
     (staging / "README.md").write_text(dataset_card(written, details), encoding="utf-8")
     if secrets := [fault for table in written.values() for fault in table.secrets]:
@@ -162,7 +165,7 @@ def write_items(
         pictures_anywhere: also pictures outside the table's folder.
     """
     written = WrittenTable()
-    folders = None if pictures_anywhere else items.table.folders
+    folders = [folder for folder in items.table.folders if isinstance(folder, Path)]
     published: list[int] = []
     own = [name for name in items.table.column_names if every_column and name not in ("item_id", *ITEM_FIELDS)]
 
@@ -173,7 +176,7 @@ def write_items(
             rows: list[Row] = []
             for position in items.between(start, stop):
                 file, number = items.place(position)
-                item, faults = published_item(items[position], folders)
+                item, faults = published_item(items[position], None if pictures_anywhere else folders)
                 lost += [
                     (file, number, Reject(items.table.source, number, [item["item_id"]], fault, file))
                     for fault in faults

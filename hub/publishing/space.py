@@ -56,6 +56,7 @@ class SpaceDetails:
     visual_index: str | None = None
     split: str | None = None
     encoding: str | None = None
+    allow_remote: str | None = None
 
 
 def prepare_space(details: SpaceDetails, staging: Path, rejects: Path) -> Publication:
@@ -82,7 +83,9 @@ def prepare_space(details: SpaceDetails, staging: Path, rejects: Path) -> Public
     if Path(details.items).exists():
         options["items"] = "items"
         with RejectsFile(rejects) as listed:
-            loaded = load_items(details.items, details.split, check_images=False, encoding=details.encoding)
+            loaded = load_items(
+                details.items, details.split, False, encoding=details.encoding, allow_remote=details.allow_remote
+            )
             write_items(*loaded, staging / "items", listed, every_column=False)
         files |= {f"items/{path.name}": path for path in sorted((staging / "items" / "data").iterdir())}
     files |= write_texts(texts(details, options), staging)

@@ -159,7 +159,7 @@ def files(folder: Path) -> Iterator[OddInput]:
         ("a FIFO", "not a regular file", str(folder / "pipe.png")),
         ("a device", "not a regular file", "/dev/zero"),
         ("a socket's descriptor", "not a regular file|image", "/proc/self/fd/99999"),
-        ("an address", "web address", "https://example.org/a.png"),
+        ("an address", "web address|--allow_remote", "https://example.org/a.png"),
         ("a file:// address", "does not exist|No such file", f"file://{path}"),
         ("a home folder", "does not exist|No such file", "~/none.png"),
         ("NUL in a path", UNREADABLE, "a\0b.png"),

@@ -27,6 +27,7 @@ from training.tables.images import Item, content_key, read_encoded
 from training.tables.items import ItemTable
 from training.tables.pairs import PairTable
 from training.tables.rejects import Reject
+from training.tables.remote.pictures import fetch_pictures_of
 
 
 logger = logging.get_logger(__name__)
@@ -120,6 +121,7 @@ class ItemCollator:
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """The inputs of these items, in their order. One whose only content is an unreadable image has an empty prompt."""
+        fetch_pictures_of(items)
         return self.inputs([self.open(item) for item in items])
 
     def open(self, item: Item) -> tuple[Item, list[Picture]]:

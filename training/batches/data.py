@@ -30,7 +30,12 @@ class RunData:
 def load_data(arguments: DataArguments, num_workers: int) -> RunData:
     """Read and check the tables that the arguments name."""
     items, rejects = load_items(
-        arguments.items, arguments.split, arguments.check_images, num_workers, arguments.encoding
+        arguments.items,
+        arguments.split,
+        arguments.check_images,
+        num_workers,
+        arguments.encoding,
+        arguments.allow_remote,
     )
     train, rejected = load_pairs(
         arguments.train_pairs,

@@ -14,7 +14,13 @@ from training.reporting.evaluation_plots import EVALUATION
 from training.reporting.evaluation_tables import show
 from training.tables.commands.bounds import AtLeastOne, Processes, check_bounds
 from training.tables.commands.hashes import weights_of
-from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
+from training.tables.commands.options import (
+    allow_remote_option,
+    device_option,
+    dtype_option,
+    encoding_option,
+    split_option,
+)
 from training.tables.commands.outputs import Output, claimed
 from training.tables.pairs import load_evaluation, pair_positions, trained_share
 from training.tables.rejects import write_rejects
@@ -51,6 +57,7 @@ class EvaluateArguments:
     )
     split: str | None = split_option()
     encoding: str | None = encoding_option()
+    allow_remote: str | None = allow_remote_option()
     eval_split: str | None = field(
         default=None, metadata={"help": "Measure on items whose column `split` says this; none: on all."}
     )
@@ -93,6 +100,7 @@ def evaluate(arguments: EvaluateArguments, options: MeasureOptions) -> dict[str,
         arguments.eval_split,
         arguments.encoding,
         arguments.num_workers,
+        arguments.allow_remote,
     )
     share = popularity = None
     if arguments.train_pairs:

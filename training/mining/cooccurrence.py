@@ -24,6 +24,7 @@ from ibis import Table
 from ibis.expr.types import BooleanValue, Column, FloatingValue, IntegerValue
 
 from training.tables.commands.bounds import MANY, AtLeastOne, Bounds, NotNegative, check_bounds
+from training.tables.commands.options import allow_remote_option
 
 
 IDS = ("user_id", "item_id")
@@ -103,6 +104,7 @@ class MiningArguments:
     comment: str | None = field(
         default=None, metadata={"help": "What comment lines above the header of .csv files begin with, e.g. '#'."}
     )
+    allow_remote: str | None = allow_remote_option()
     candidates_per_part: AtLeastOne = field(
         default=40_000_000,
         metadata={

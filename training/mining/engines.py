@@ -16,7 +16,7 @@ from ibis.expr.types import StringValue
 
 from training.mining.cooccurrence import IDS, LOG_COLUMNS, MiningArguments, MiningError
 from training.mining.java import provide_java
-from training.mining.logs import BrokenRows, LogFiles, is_integer, open_log
+from training.mining.logs import BrokenRows, LogFiles, check_allowed, is_integer, open_log
 from training.tables.texts import BLANKS
 
 
@@ -112,6 +112,7 @@ def read_log(
     encoding: str | None = None,
     comment: str | None = None,
     native: bool = True,
+    allow_remote: str | None = None,
 ) -> RawLog:
     """Open a log; see `training.mining.logs.open_log`.
 
@@ -122,8 +123,9 @@ def read_log(
         MiningError: when there is no such file, it is of another type, or no file has a column.
     """
     if backend.name == "pyspark" and "://" in source and Path(source).suffix.lower() not in (".csv", ".jsonl"):
+        check_allowed(source, allow_remote)
         return RawLog(_of_cluster(backend.read_parquet(source), source))
-    groups, broken = open_log(source, folder, encoding, comment, native)
+    groups, broken = open_log(source, folder, encoding, comment, native, allow_remote)
     integer_ids = [name for name in IDS if all(is_integer(group.types[name]) for group in groups)]
     same_times = len({str(group.types["timestamp"]) for group in groups}) == 1
     tables = []

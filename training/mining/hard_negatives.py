@@ -25,7 +25,13 @@ from training.tables.commands.bounds import AtLeastOne, Bounds, Processes, check
 from training.tables.commands.files import atomic_write
 from training.tables.commands.handler import OptionError
 from training.tables.commands.model_folder import loading
-from training.tables.commands.options import device_option, dtype_option, encoding_option, split_option
+from training.tables.commands.options import (
+    allow_remote_option,
+    device_option,
+    dtype_option,
+    encoding_option,
+    split_option,
+)
 from training.tables.commands.outputs import Output, claimed, marked
 from training.tables.items import ItemTable, load_items
 from training.tables.pairs import MatchedPairs, match_pairs
@@ -48,6 +54,7 @@ class HardNegativesArguments:
     output: str = field(metadata={"help": "Parquet file for the pairs with their negatives."})
     split: str | None = split_option()
     encoding: str | None = encoding_option()
+    allow_remote: str | None = allow_remote_option()
     negatives: AtLeastOne = field(default=4, metadata={"help": "Negatives of each pair."})
     ceiling: Annotated[float, Bounds(-1, 1)] = field(
         default=0.95, metadata={"help": "Highest cosine similarity to the query, as a share of the target's."}
@@ -73,7 +80,9 @@ def run(arguments: HardNegativesArguments) -> None:
 
 def mine(arguments: HardNegativesArguments) -> None:
     """What `run` does, with the output's place held."""
-    items, _ = load_items(arguments.items, arguments.split, check_images=False, encoding=arguments.encoding)
+    items, _ = load_items(
+        arguments.items, arguments.split, False, encoding=arguments.encoding, allow_remote=arguments.allow_remote
+    )
     matched = match_pairs(arguments.pairs, items, encoding=arguments.encoding)
     precision = choose_precision(arguments.dtype, arguments.device)
     print(f"Precision: {precision}")

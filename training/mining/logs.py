@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -35,6 +34,8 @@ from training.mining.log_blocks import (
 )
 from training.tables.ids import ids_of
 from training.tables.lines import csv_header
+from training.tables.remote.places import Allowed, RemoteError, is_address
+from training.tables.remote.tables import remote_files
 
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
@@ -49,12 +50,12 @@ class BrokenRows:
     counts: Counter[str] = field(default_factory=Counter)
     listed: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, path: Path, row: int, reason: str) -> None:
+    def add(self, file: str, row: int, reason: str) -> None:
         """Count a row of a file, from 0; in CSV the header doesn't count."""
         kind = reason.split(":")[0]
         self.counts[kind] += 1
         if self.counts[kind] <= REJECTS_LISTED:
-            self.listed.append({"file": str(path), "row": row, "reason": reason})
+            self.listed.append({"file": file, "row": row, "reason": reason})
 
     def update(self, other: "BrokenRows") -> None:
         """Count those of another file too."""
@@ -79,16 +80,25 @@ class LogFiles:
     trimmed: bool
 
 
+@dataclass(frozen=True)
+class LogFile:
+    """A file of a log: where it, or its copy, lies, and how messages call it."""
+
+    path: Path
+    name: str
+
+
 def open_log(
-    source: str, folder: Path, encoding: str | None, comment: str | None, native: bool
+    source: str, folder: Path, encoding: str | None, comment: str | None, native: bool, allow_remote: str | None = None
 ) -> tuple[list[LogFiles], BrokenRows]:
     """The files of a log, those of one schema together, brought to Parquet in `folder` where need be.
 
     Args:
-        source: a .parquet, .csv or .jsonl file, a folder or a glob of such, or a URL.
+        source: a .parquet, .csv or .jsonl file, a folder or a glob of such, or the address of one.
         encoding: of text files without a mark; none: UTF-8.
         comment: what comment lines above a CSV's header begin with.
         native: leave Parquet of plain types to the engine; else all is brought to Parquet anew.
+        allow_remote: hosts and places that may be asked (`training.tables.remote.places`).
 
     Raises:
         MiningError: when there is no such file, one of another type, or no file has a column.
@@ -96,14 +106,15 @@ def open_log(
     broken = BrokenRows()
     groups: dict[tuple[Any, ...], LogFiles] = {}
     columns: dict[str, None] = {}
-    paths = log_paths(source, folder)
-    for number, path in enumerate(tqdm(paths, desc="Opening the log", unit="file", leave=False)):
+    files = log_files(source, allow_remote)
+    for number, file in enumerate(tqdm(files, desc="Opening the log", unit="file", leave=False)):
+        path = file.path
         if native and path.suffix.lower() == ".parquet" and (types := _plain_types(path)) is not None:
             trimmed, place = False, path
             columns.update(dict.fromkeys(pq.read_schema(path).names))
         else:
             trimmed, place = True, folder / f"part-{number}.parquet"
-            names, of_file = _convert(path, place, encoding, comment)
+            names, of_file = _convert(file, place, encoding, comment)
             broken.update(of_file)
             columns.update(dict.fromkeys(names))
             types = dict(zip(LOG_COLUMNS, pq.read_schema(place).types, strict=True))
@@ -115,18 +126,18 @@ def open_log(
     return list(groups.values()), broken
 
 
-def log_paths(source: str, folder: Path) -> list[Path]:
-    """The files that a user's word for a log stands for; those of a URL are copied into `folder`.
+def log_files(source: str, allow_remote: str | None = None) -> list[LogFile]:
+    """The files that a user's word for a log stands for; of what lies elsewhere, copies.
 
     In folders and globs, what is hidden or begins with `_` is left out, as an unfinished Spark job's `_temporary`.
 
     Raises:
         MiningError: when there is none, or one of another type.
     """
-    path = Path(source)
-    if "://" in source:
-        paths = list(_fetched(source, folder))
-    elif path.is_file():
+    if is_address(source):
+        return _fetched(source, allow_remote)
+    path = Path(source.removeprefix("file://"))
+    if path.is_file():
         paths = [path]
     elif path.is_dir():
         paths = [place for place in _below(path, "**/*") if place.suffix.lower() in SUFFIXES]
@@ -142,7 +153,7 @@ def log_paths(source: str, folder: Path) -> list[Path]:
     wrong = next((place for place in paths if place.suffix.lower() not in SUFFIXES), None)
     if wrong is not None:
         raise MiningError(f"{wrong}: a log is {', '.join(SUFFIXES)} files, or a folder of them.")
-    return paths
+    return [LogFile(place, str(place)) for place in paths]
 
 
 def _below(root: Path, pattern: str) -> Iterator[Path]:
@@ -152,19 +163,34 @@ def _below(root: Path, pattern: str) -> Iterator[Path]:
             yield root / name
 
 
-def _fetched(url: str, folder: Path) -> Iterator[Path]:
-    """Copies of the files of a URL, by fsspec: no engine fetches an extension for it."""
+def check_allowed(source: str, allow_remote: str | None) -> None:
+    """Refuse an address that `allow_remote` doesn't name.
+
+    Raises:
+        MiningError: with what to pass.
+    """
     try:
-        system, place = fsspec.url_to_fs(url)
-        names = system.glob(place) if glob.has_magic(place) else [place]
-        for number, name in enumerate(names):
-            copy = folder / f"copy-{number}{Path(name.split('?')[0]).suffix}"
-            system.get_file(name, str(copy))
-            yield copy
-    except (OSError, ValueError, ImportError) as error:
-        raise MiningError(f"{url}: can't be fetched ({error}). Copy the log here and give its path.") from error
-    except Exception as error:  # each kind of file system has errors of its own
-        raise MiningError(f"{url}: can't be fetched ({error!r}). Copy the log here and give its path.") from error
+        if is_address(source):
+            Allowed.of(allow_remote).check(source)
+    except RemoteError as error:
+        raise MiningError(f"{error}.") from error
+
+
+def _fetched(source: str, allow_remote: str | None) -> list[LogFile]:
+    """Copies of the files at an address: no engine fetches an extension for it."""
+    check_allowed(source, allow_remote)
+    try:
+        found = remote_files(source, allow_remote, lambda names: [name for name in names if _is_log(name)])
+    except RemoteError as error:
+        raise MiningError(f"{source}: can't be fetched ({error}). Copy the log here and give its path.") from error
+    if wrong := [file.name for file in found if not _is_log(file.name)]:
+        raise MiningError(f"{wrong[0]}: a log is {', '.join(SUFFIXES)} files, or a folder of them.")
+    return [LogFile(file.copy, f"{file.folder.address}/{file.name}") for file in found]
+
+
+def _is_log(name: str) -> bool:
+    hidden = any(part.startswith(("_", ".")) for part in name.split("/"))
+    return not hidden and name.lower().endswith(SUFFIXES)
 
 
 def _plain_types(path: Path) -> Types | None:
@@ -199,14 +225,15 @@ def _is_plain_time(kind: pa.DataType) -> bool:
     return number or _is_text(kind) or pa.types.is_timestamp(kind) or pa.types.is_date(kind)
 
 
-def _convert(path: Path, place: Path, encoding: str | None, comment: str | None) -> tuple[list[str], BrokenRows]:
+def _convert(file: LogFile, place: Path, encoding: str | None, comment: str | None) -> tuple[list[str], BrokenRows]:
     """Write a file's `LOG_COLUMNS` as Parquet; returns the names of all its columns and the rows left out."""
+    path = file.path
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         schema = pq.read_schema(path)
         _require_different(path, schema.names)
         kind = _kept_time(schema.field("timestamp").type) if "timestamp" in schema.names else pa.string()
-        return schema.names, _write(path, place, parquet_blocks(path), kind)
+        return schema.names, _write(file.name, place, parquet_blocks(path), kind)
     if suffix == ".jsonl":
         names, careful = list(LOG_COLUMNS), careful_json(path, encoding)
         fast = partial(json_blocks, path)
@@ -219,12 +246,12 @@ def _convert(path: Path, place: Path, encoding: str | None, comment: str | None)
     if encoding is None:
         for time_type in (pa.int64(), pa.string()):  # nearly always times are whole numbers, and numbers are quick
             try:
-                return names, _write(path, place, fast(), time_type)
+                return names, _write(file.name, place, fast(), time_type)
             except OddFileError:
                 break
             except pa.ArrowException:
                 continue
-    return names, _write(path, place, careful, pa.string())
+    return names, _write(file.name, place, careful, pa.string())
 
 
 def _require_different(path: Path, names: list[str]) -> None:
@@ -233,13 +260,13 @@ def _require_different(path: Path, names: list[str]) -> None:
         raise MiningError(f"{path}: two columns are called {', '.join(twice)}.")
 
 
-def _write(path: Path, place: Path, blocks: Iterable[Block], time_type: pa.DataType) -> BrokenRows:
+def _write(name_of_file: str, place: Path, blocks: Iterable[Block], time_type: pa.DataType) -> BrokenRows:
     broken = BrokenRows()
     schema = pa.schema([*((name, pa.string()) for name in IDS), ("timestamp", time_type)])
     with pq.ParquetWriter(place, schema) as writer:
         for block in blocks:
             for row, reason in block.lost:
-                broken.add(path, row, reason)
+                broken.add(name_of_file, row, reason)
             rows = len(next(iter(block.columns.values()), ()))
             columns, faults = {}, dict(block.faults)
             for name in LOG_COLUMNS:
@@ -255,7 +282,7 @@ def _write(path: Path, place: Path, blocks: Iterable[Block], time_type: pa.DataT
             for row, reason in sorted(faults.items()):
                 usable[row] = False
                 if reason:
-                    broken.add(path, block.first + row, reason)
+                    broken.add(name_of_file, block.first + row, reason)
             writer.write_table(pa.table(columns, schema=schema).filter(pa.array(usable)))
     return broken
 
@@ -267,4 +294,4 @@ def _kept_time(kind: pa.DataType) -> pa.DataType:
     return kind if _is_plain_time(kind) and not _is_text(kind) else pa.string()
 
 
-__all__ = ["BrokenRows", "LogFiles", "is_integer", "log_paths", "open_log"]
+__all__ = ["BrokenRows", "LogFile", "LogFiles", "check_allowed", "is_integer", "log_files", "open_log"]

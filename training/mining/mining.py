@@ -124,7 +124,15 @@ def read_usable(
     """
     for native in (True, False):
         try:
-            raw = read_log(backend, arguments.interactions, folder, arguments.encoding, arguments.comment, native)
+            raw = read_log(
+                backend,
+                arguments.interactions,
+                folder,
+                arguments.encoding,
+                arguments.comment,
+                native,
+                arguments.allow_remote,
+            )
             rows = check_rows(raw.rows, arguments.timestamp_unit)
             rejected = write_rejects(raw.broken, keep(rows.filter(rows.reason.notnull())), rejects)
             usable = keep(rows.filter(rows.reason.isnull()).select("user_id", "item_id", "time"))

@@ -19,6 +19,8 @@ import pyarrow.compute as pc
 
 from modeling_notellm2.texts_notellm2 import CellError, is_missing, plain_text
 from training.tables.ids import id_of, ids_of
+from training.tables.remote.pictures import RemotePicture
+from training.tables.remote.places import RemoteFolder, is_address
 from training.tables.texts import (
     BLANKS,
     Faults,
@@ -121,12 +123,12 @@ def other_of(value: Any) -> str:
     return plain_text(value)
 
 
-def item_of(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def item_of(raw: Mapping[str, Any], folder: Path, allow_remote: str | None = None) -> dict[str, Any]:
     """A single item by the rules of tables, for instance one that came as JSON.
 
     Args:
         raw: `item_id` and fields of an item; empty ones may be missing, others are ignored.
-        folder: where relative paths of pictures start.
+        folder, allow_remote: as of `item_from_values`.
 
     Raises:
         CellError: naming the field that can't be what it is.
@@ -142,11 +144,18 @@ def item_of(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             values[name] = form.of_value(cells.get(name))
         except CellError as error:
             raise CellError(reason_of(name, error)) from error
-    return item_from_values(values, folder)
+    return item_from_values(values, folder, allow_remote)
 
 
-def item_from_values(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """An item as the processor takes it, from cells in their forms: empty fields left out, one picture or a list of them."""
+def item_from_values(
+    values: Mapping[str, Any], folder: Path | RemoteFolder, allow_remote: str | None = None
+) -> dict[str, Any]:
+    """An item as the processor takes it, from cells in their forms: empty fields left out, one picture or a list of them.
+
+    Args:
+        folder: where relative paths of pictures start.
+        allow_remote: what may be asked for pictures that lie elsewhere.
+    """
     item: dict[str, Any] = {"item_id": values.get("item_id") or ""}
     for name in ("title", "content"):
         text = values.get(name)
@@ -154,7 +163,9 @@ def item_from_values(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             item[name] = text
     if values.get("topics"):
         item["topics"] = values["topics"]
-    pictures = [picture["bytes"] or _picture_path(picture["path"], folder) for picture in values.get("image") or ()]
+    pictures = [
+        picture["bytes"] or _picture_at(picture["path"], folder, allow_remote) for picture in values.get("image") or ()
+    ]
     if pictures:
         item["image"] = pictures[0] if len(pictures) == 1 else pictures
     return item
@@ -167,9 +178,10 @@ def reason_of(name: str, fault: object) -> str:
     return str(fault) if str(fault).startswith(name) else f"{name} is {fault}"
 
 
-def _picture_path(path: str, folder: Path) -> str:
-    """Where a picture lies; a web address stays what it is, for the error to name it."""
-    return path if path.startswith(("http://", "https://")) else str(folder / path)
+def _picture_at(path: str, folder: Path | RemoteFolder, allow_remote: str | None) -> str | RemotePicture:
+    """Where a picture lies."""
+    place = path if is_address(path) else str(folder / path)
+    return RemotePicture(place, allow_remote) if is_address(place) else place
 
 
 def topics_column(column: pa.Array, names: list[str] | None = None) -> tuple[pa.Array, Faults]:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from training.tables.columns import Classes, arrow_column, cells_column, own_type, reason_of
 from training.tables.lines import BadRow, Row, csv_header, read_csv, read_json
 from training.tables.rejects import TableError
+from training.tables.remote.places import RemoteFolder
 from training.tables.sources import TableFile, TableSplit, noted_sha256
 from training.tables.texts import Faults, is_stringlike
 
@@ -54,7 +55,7 @@ class TablePart(Protocol):
     """One file or split, opened."""
 
     name: str
-    folder: Path
+    folder: Path | RemoteFolder
 
     @abstractmethod
     def types(self) -> Types:
@@ -93,7 +94,7 @@ class TextPart:
 
     path: Path
     name: str
-    folder: Path
+    folder: Path | RemoteFolder
     encoding: str | None
 
     def types(self) -> Types:
@@ -150,7 +151,7 @@ class ParquetPart:
 
     path: Path
     name: str
-    folder: Path
+    folder: Path | RemoteFolder
     classes: Classes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -208,7 +209,8 @@ class SavedPart:
     split: TableSplit
 
     def __post_init__(self) -> None:
-        self.name, self.folder = self.split.name, self.split.folder
+        self.name: str = self.split.name
+        self.folder: Path | RemoteFolder = self.split.folder
         self.schema: pa.Schema = self.split.dataset.features.arrow_schema
         self.classes = classes_of(self.schema)
 

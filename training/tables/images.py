@@ -23,6 +23,8 @@ from modeling_notellm2.images_notellm2 import (
     without_addresses,
 )
 from modeling_notellm2.prompts_notellm2 import ItemError
+from training.tables.remote.pictures import fetch_pictures_of
+from training.tables.remote.places import is_web
 
 
 KEY_BYTES = 16
@@ -44,7 +46,9 @@ class _Applied:
 
     def __getitems__(self, positions: list[int]) -> list[Any]:
         """Neighbouring rows, which a table reads at once."""
-        return [self.function(item) for item in self.items[positions[0] : positions[-1] + 1]]
+        items = self.items[positions[0] : positions[-1] + 1]
+        fetch_pictures_of(items)
+        return [self.function(item) for item in items]
 
 
 def map_items(items: Sequence[Item], function: Callable[[Item], Any], num_workers: int, name: str) -> Iterator[Any]:
@@ -117,7 +121,7 @@ def read_encoded(source: Any) -> Any:
     """
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path")
-    if not isinstance(source, (str, os.PathLike)) or str(source).startswith(("http://", "https://")):
+    if not isinstance(source, (str, os.PathLike)) or (isinstance(source, str) and is_web(source)):
         return source
     try:
         check_regular_file(source)

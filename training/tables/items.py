@@ -138,7 +138,7 @@ class ItemTable(Sequence[Item]):
         values = self.table.row(row, self._fields)
         if row in self.broken:
             values["image"] = [picture for at, picture in enumerate(values["image"]) if at not in self.broken[row]]
-        return item_from_values(values, self.table.folder(row))
+        return item_from_values(values, self.table.folder(row), self.table.allow_remote)
 
 
 def load_items(
@@ -147,6 +147,7 @@ def load_items(
     check_images: bool | None = None,
     num_workers: int = 0,
     encoding: str | None = None,
+    allow_remote: str | None = None,
 ) -> tuple[ItemTable, Rejects]:
     """Read an item table and check every row.
 
@@ -154,7 +155,8 @@ def load_items(
     whose pictures can be read is left out.
 
     Args:
-        source, split, encoding: as of `training.tables.reading.open_table`.
+        source, split, encoding, allow_remote: as of `training.tables.reading.open_table`. A picture that lies elsewhere is
+            fetched when it is opened.
         check_images: open every image too. None: in tables of up to `IMAGES_CHECKED` items; beyond, a pass over all
             images is left to `--validate_only`, and an unreadable one is met by who opens it.
         num_workers: processes that open images; 0: this one.
@@ -162,7 +164,7 @@ def load_items(
     Raises:
         TableError: when there is no `item_id` column, no item field, or no usable row.
     """
-    screening = _Screening(open_table(source, split, encoding))
+    screening = _Screening(open_table(source, split, encoding, allow_remote))
     screening.leave_out_the_empty()
     screening.leave_out_repeats(num_workers)
     few = screening.usable.sum() <= IMAGES_CHECKED

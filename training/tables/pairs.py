@@ -65,7 +65,7 @@ def pair_positions(source: str, items: ItemTable, encoding: str | None = None) -
     Raises:
         TableError: when there is no such table or a column is missing.
     """
-    return _positions(open_table(source, encoding=encoding), items)
+    return _positions(open_table(source, None, encoding, items.table.allow_remote), items)
 
 
 def _positions(table: Table, items: ItemTable) -> np.ndarray:
@@ -79,12 +79,12 @@ def match_pairs(source: str, items: ItemTable, split: str | None = None, encodin
     """Find the members of each pair; pairs whose members are not in `items`, or are one item, are rejected.
 
     Args:
-        source, split, encoding: as of `training.tables.reading.open_table`.
+        source, split, encoding: as of `training.tables.reading.open_table`. What may be fetched of `items` may be of pairs.
 
     Raises:
         TableError: when a column is missing or no pair is usable.
     """
-    table = open_table(source, split, encoding)
+    table = open_table(source, split, encoding, items.table.allow_remote)
     pairs = _positions(table, items)
     unreadable, rejects = table.unreadable(PAIR_IDS)
     known = pairs >= 0
@@ -197,17 +197,18 @@ def load_evaluation(
     eval_split: str | None = None,
     encoding: str | None = None,
     num_workers: int = 0,
+    allow_remote: str | None = None,
 ) -> tuple[ItemTable, PairTable, Rejects]:
     """Read what a model is measured on: items, pairs of them, and the rows of both that are left out.
 
     Args:
-        items, pairs, split, encoding, num_workers: as of `load_items` and `load_pairs`.
+        items, pairs, split, encoding, num_workers, allow_remote: as of `load_items` and `load_pairs`.
         eval_split: only items whose column `split` says this count; None: all.
 
     Raises:
         TableError: when no item or no pair is usable, or no item is of that split.
     """
-    table, rejects = load_items(items, split, num_workers=num_workers, encoding=encoding)
+    table, rejects = load_items(items, split, None, num_workers, encoding, allow_remote)
     if eval_split is not None:
         table = table.select(table.where("split", eval_split))
         if not len(table):

@@ -27,6 +27,7 @@ from training.tables.columns import FILE_COLUMNS, IMAGE_TYPE, cells_column, form
 from training.tables.commands.files import atomic_write
 from training.tables.formats import EMPTY_LINE, Block, TablePart, Types, open_part
 from training.tables.rejects import Reject, RejectedRows, Rejects, TableError, write_rejects
+from training.tables.remote.places import RemoteFolder
 from training.tables.sources import cache_folder, parts_of
 from training.tables.texts import each_text, texts_of, values_of
 
@@ -44,7 +45,7 @@ class Table:
     """All rows of a table, mapped; opened by `open_table`.
 
     Args:
-        source, split, encoding: what was opened.
+        source, split, encoding, allow_remote: what was opened, and what may be asked for its pictures.
         copy: the Arrow file.
         names: of the files or splits.
         folders: where relative paths of pictures start in each of them.
@@ -56,8 +57,9 @@ class Table:
     encoding: str | None
     copy: Path | None
     names: list[str]
-    folders: list[Path]
+    folders: list[Path | RemoteFolder]
     files: dict[str, str] = field(repr=False)
+    allow_remote: str | None = None
 
     def __post_init__(self) -> None:
         if self.copy is not None:
@@ -99,7 +101,7 @@ class Table:
         self.__dict__.update(state)
         if self.copy is not None:
             if not self.copy.exists():  # another machine
-                self.copy = open_table(self.source, self.split, self.encoding).copy
+                self.copy = open_table(self.source, self.split, self.encoding, self.allow_remote).copy
             self._map()
 
     def __len__(self) -> int:
@@ -127,7 +129,7 @@ class Table:
         part = self.parts[bisect_right(self.starts, position) - 1]
         return self.names[part], position - self._part_starts[part]
 
-    def folder(self, position: int) -> Path:
+    def folder(self, position: int) -> Path | RemoteFolder:
         """Where relative paths of a row's pictures start."""
         return self.folders[self.parts[bisect_right(self.starts, position) - 1]]
 
@@ -202,17 +204,20 @@ class Table:
         return starts
 
 
-def open_table(source: str, split: str | None = None, encoding: str | None = None) -> Table:
+def open_table(
+    source: str, split: str | None = None, encoding: str | None = None, allow_remote: str | None = None
+) -> Table:
     """A table of any kind as mapped rows.
 
     Args:
         source, split: as of `training.tables.sources.parts_of`.
         encoding: of its text files; None: UTF-8, or what their mark says.
+        allow_remote: hosts and places that it, and its pictures, may be fetched from (`training.tables.remote.places`).
 
     Raises:
         TableError: when there is no such table, a file of it is none, or it has no row.
     """
-    places = parts_of(source, split)
+    places = parts_of(source, split, allow_remote)
     parts = [open_part(place, encoding) for place in places]
     files = {part.name: part.sha256() for part in tqdm(parts, desc="Hashing", unit="file", disable=len(parts) < 20)}
     described = json.dumps([FORMAT, encoding, [[name, digest, _kind(name)] for name, digest in files.items()]])
@@ -222,7 +227,8 @@ def open_table(source: str, split: str | None = None, encoding: str | None = Non
     else:
         _write_copy(parts, copy, source)
         _remove_unused(copy.parent)
-    table = Table(source, split, encoding, copy, [part.name for part in parts], [part.folder for part in parts], files)
+    names, folders = [part.name for part in parts], [part.folder for part in parts]
+    table = Table(source, split, encoding, copy, names, folders, files, allow_remote)
     if not len(table):
         raise TableError(f"{source}: no usable row: it is empty.")
     if not table.column_names and (first := table.unreadable(())[1].first()):  # JSON lines without a single object

@@ -1,4 +1,5 @@
-"""What a user's word for a table stands for: a file, all files of a folder, a saved data set, or a data set of the Hub.
+"""What a user's word for a table stands for: a file, all files of a folder, a saved data set, or a data set of the Hub,
+or, where `--allow_remote` says so, one that lies elsewhere.
 
 Local tables never ask the network. What can't be found is said at once, and the Hub is asked only for what can be an id of
 it and is no mistyped path.
@@ -9,9 +10,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
@@ -19,6 +20,7 @@ import huggingface_hub
 from training.tables.commands.files import write_json
 from training.tables.commands.hashes import file_sha256
 from training.tables.rejects import TableError
+from training.tables.remote.places import RemoteError, RemoteFolder, is_address, is_web, shown, suffix_of
 
 
 if TYPE_CHECKING:  # it brings pandas; in functions, so that commands that read no table start without both
@@ -42,14 +44,14 @@ class TableFile:
     """One file of a table.
 
     Attributes:
-        path: of the file.
+        path: of the file, or of the copy of one that lies elsewhere.
         name: as messages call it: relative to the table's folder.
         folder: where relative paths of its pictures start.
     """
 
     path: Path
     name: str
-    folder: Path
+    folder: Path | RemoteFolder
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,23 @@ def cache_folder() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "notellm2_tables"
 
 
-def parts_of(source: str, split: str | None = None) -> list[TableFile] | list[TableSplit]:
+def parts_of(
+    source: str, split: str | None = None, allow_remote: str | None = None
+) -> list[TableFile] | list[TableSplit]:
     """The files or splits of a table.
 
     Args:
         source: a .parquet, .jsonl or .csv file; a folder of such files, or an image folder with metadata files, in both of
-            which everything below counts but what is hidden or begins with "_"; a folder that `save_to_disk` wrote; a data set
-            of the Hub, ORG/DATA or ORG/DATA:CONFIG.
+            which everything below counts but what is hidden or begins with "_"; the address of either; a folder that
+            `save_to_disk` wrote; a data set of the Hub, ORG/DATA or ORG/DATA:CONFIG.
         split: of a data set, or of a folder by its files' names; None: all. A data set that has a single one gives that.
+        allow_remote: hosts and places that are asked (`training.tables.remote.places`); None: none are.
 
     Raises:
         TableError: when there is no such table or split.
     """
+    if is_address(source):
+        return _remote_files(source, split, allow_remote)
     path = Path(source)
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
@@ -128,28 +135,56 @@ def _is_path(source: str) -> bool:
     )
 
 
+def _remote_files(source: str, split: str | None, allow_remote: str | None) -> list[TableFile]:
+    from training.tables.remote.tables import remote_files  # with what speaks http
+
+    if is_web(source) and suffix_of(source) not in SUFFIXES:
+        raise TableError(f"{shown(source)}: the address of a table ends with {', '.join(SUFFIXES)}.")
+    try:
+        found = remote_files(source, allow_remote, lambda names: _tables_of(filter(_is_shown, names)))
+    except RemoteError as error:
+        raise TableError(f"{error}.") from error
+    files = [
+        TableFile(file.copy, file.name, file.folder.around(file.name) if _is_metadata(file.name) else file.folder)
+        for file in found
+    ]
+    return files if split is None or len(files) == 1 else _files_of_split(source, files, split)
+
+
 def _files_of(folder: Path) -> list[TableFile]:
     """An image folder's metadata files, or else all tables."""
-    shown = list(_shown(folder))
-    metadata = [file for file in shown if file.stem == "metadata"]
-    if not shown:
+    names = _tables_of(_shown(folder))
+    if not names:
         raise TableError(
             f"{folder}: no Parquet file and no metadata.csv, .jsonl or .parquet of an image folder in it, nor any other "
             f"{', '.join(SUFFIXES)} file."
         )
-    return [
-        TableFile(file, file.relative_to(folder).as_posix(), file.parent if metadata else folder)
-        for file in metadata or shown
-    ]
+    return [TableFile(folder / name, name, (folder / name).parent if _is_metadata(name) else folder) for name in names]
 
 
-def _shown(folder: Path) -> Iterator[Path]:
+def _tables_of(names: Iterable[str]) -> list[str]:
+    """Those of a folder's files that are the table: metadata files of pictures, or else all."""
+    tables = list(names)
+    return [name for name in tables if _is_metadata(name)] or tables
+
+
+def _is_metadata(name: str) -> bool:
+    return PurePosixPath(name).stem == "metadata"
+
+
+def _is_shown(name: str) -> bool:
+    """Whether a file of a folder counts, by its name relative to that."""
+    hidden = any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
+    return not hidden and PurePosixPath(name).suffix.lower() in SUFFIXES
+
+
+def _shown(folder: Path) -> Iterator[str]:
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
         for name in sorted(names):
             path = Path(place) / name
-            if not name.startswith((".", "_")) and path.suffix.lower() in SUFFIXES and path.is_file():
-                yield path
+            if _is_shown(name) and path.is_file():
+                yield path.relative_to(folder).as_posix()
 
 
 def _files_of_split(source: str, files: list[TableFile], split: str) -> list[TableFile]:

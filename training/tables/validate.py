@@ -33,6 +33,7 @@ def validate(
     console: Console | None = None,
     split: str | None = None,
     encoding: str | None = None,
+    allow_remote: str | None = None,
 ) -> dict[str, int]:
     """Check all tables, list the faults in `output`/rejects.jsonl and print the figures.
 
@@ -43,7 +44,7 @@ def validate(
         eval_split: items whose column `split` says this are the test items; without it, those of `eval_pairs` are.
         num_workers: processes that open images.
         split: of `items`.
-        encoding: of all tables, as of `training.tables.reading.open_table`.
+        encoding, allow_remote: of all tables, as of `training.tables.reading.open_table`.
 
     Returns:
         Counts under "items", "train_pairs", "eval_pairs" (usable rows), "test_items_in_training" and "<table>: <reason>".
@@ -51,7 +52,7 @@ def validate(
     Raises:
         TableError: when a table can't be used at all.
     """
-    table, rejects = load_items(items, split, True, num_workers, encoding)
+    table, rejects = load_items(items, split, True, num_workers, encoding, allow_remote)
     train = match_pairs(train_pairs, table, encoding=encoding)
     figures = {"items": len(table), "train_pairs": len(train.pairs)}
     test: MatchedPairs | None = None

@@ -38,7 +38,7 @@ from training.evaluation.saliency import TEXT, token_kinds
 from training.tables.commands.bounds import AtLeastOne, Bounds, NotNegative, Processes, Seed, check_bounds
 from training.tables.commands.files import atomic_write, write_json
 from training.tables.commands.model_folder import loading
-from training.tables.commands.options import device_option, encoding_option, split_option
+from training.tables.commands.options import allow_remote_option, device_option, encoding_option, split_option
 from training.tables.commands.outputs import GENERATOR, Output, claimed
 from training.tables.images import Item
 from training.tables.items import ItemTable, load_items
@@ -67,6 +67,7 @@ class AlignArguments:
     output: str = field(metadata={"help": "Folder for the warmed-up model."})
     split: str | None = split_option()
     encoding: str | None = encoding_option()
+    allow_remote: str | None = allow_remote_option()
     item_split: str | None = field(
         default=None,
         metadata={"help": "Only items whose column `split` says this; none: all, as no pair is looked at."},
@@ -104,7 +105,9 @@ def run(arguments: AlignArguments) -> None:
             processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
         model.to(arguments.device)
         check_connector(model, arguments)
-        items, rejects = load_items(arguments.items, arguments.split, encoding=arguments.encoding)
+        items, rejects = load_items(
+            arguments.items, arguments.split, encoding=arguments.encoding, allow_remote=arguments.allow_remote
+        )
         split = arguments.item_split
         shown = WithBoth(items, np.arange(len(items)) if split is None else items.where("split", split))
         check_items(shown, arguments)

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from modeling_notellm2 import DTYPES, Precision, choose_precision
 from training.tables.commands.bounds import MANY, AtLeastOne, Bounds, NotNegative, check_bounds
 from training.tables.commands.handler import OptionParser
-from training.tables.commands.options import encoding_option, split_option
+from training.tables.commands.options import allow_remote_option, encoding_option, split_option
 
 
 FIXED = {
@@ -154,6 +154,7 @@ class DataArguments:
     eval_pairs: str | None = field(default=None, metadata={"help": "Pair table for recall; none: no evaluation."})
     split: str | None = split_option()
     encoding: str | None = encoding_option()
+    allow_remote: str | None = allow_remote_option()
     eval_split: str | None = field(
         default=None, metadata={"help": "Evaluate on items whose column `split` says this; none: on all."}
     )

@@ -15,8 +15,9 @@ from hub.serving import pictures as pictures_module
 from hub.serving.batching import Batcher, BatchSizes
 from hub.serving.limits import Limits, RequestError
 from hub.serving.metrics import Metrics
-from hub.serving.pictures import Pictures, is_public
+from hub.serving.pictures import Pictures
 from tests.support.catalogue import make_items, png
+from training.tables.remote.places import Allowed, is_public
 
 
 PUBLIC = "93.184.215.14"
@@ -25,10 +26,10 @@ LIMITS = Limits()
 
 def fetch(address: str, answer=None, limits: Limits = LIMITS, transport=None):
     """A picture from example.com, which alone is allowed, as a stand-in for the net answers."""
-    hosts = frozenset({"example.com", "localhost"})
+    allowed = Allowed.of("example.com, localhost")
 
     async def opened():
-        return await Pictures(limits, hosts, transport or httpx.MockTransport(answer)).open(address)
+        return await Pictures(limits, allowed, transport or httpx.MockTransport(answer)).open(address)
 
     return asyncio.run(opened())
 

@@ -1,17 +1,17 @@
 """Logs as people have them: what each holds, on DuckDB and on Spark; broken rows cost themselves and are listed."""
 
 import datetime
-import functools
-import http.server
 import json
-import threading
 from decimal import Decimal
 from pathlib import Path
 
+import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.web_server import WebServer
 from tests.training.mining.test_mining import mined, spark
 from training.mining.cooccurrence import MiningArguments, MiningError
 from training.mining.engines import opened
@@ -298,21 +298,37 @@ def test_the_popularity_cap_is_exact(tmp_path):
     ]
 
 
-def test_a_url_is_fetched_without_an_extension_of_duckdb(tmp_path):
-    (tmp_path / "log.csv").write_text(HEADER + "u,a,1\nu,b,2\n")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/log.csv"
-        found, _ = mined(MiningArguments(url, str(tmp_path / "pairs.parquet")))
+def test_an_address_is_fetched_where_it_is_allowed_and_without_an_extension_of_duckdb(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def asked(source: str, **options) -> MiningArguments:
+        return MiningArguments(source, str(tmp_path / "pairs.parquet"), **options)
+
+    with WebServer() as web:
+        web.answers["/log.csv"] = (200, (HEADER + "u,a,1\nu,b,2\nbroken\n").encode())
+        with pytest.raises(MiningError, match=f"is not fetched: --allow_remote {web.host} would allow it"):
+            mined(asked(f"{web.url}/log.csv"))
+        assert not web.asked
+        found, _ = mined(asked(f"{web.url}/log.csv", allow_remote=web.host))
         assert [row[:2] for row in found] == [("a", "b")]
-        for wrong in (url.replace("log", "none"), "nowhere://bucket/log.parquet"):
+        listed = (tmp_path / "pairs.rejects.jsonl").read_text(encoding="utf-8")
+        assert json.loads(listed)["file"] == f"{web.url}/log.csv"
+        for wrong in (f"{web.url}/none.csv", "nowhere://bucket/log.parquet"):
             with pytest.raises(MiningError, match="can't be fetched .*Copy the log here"):
-                mined(MiningArguments(wrong, str(tmp_path / "pairs.parquet")))
-        server.shutdown()
+                mined(asked(wrong, allow_remote=f"{web.host},nowhere://bucket"))
     with opened(MiningArguments("", ""), tmp_path) as backend:
         settings = [backend.settings[name] for name in ("autoinstall_known_extensions", "TimeZone")]
     assert settings == ["false", "UTC"]
+
+
+def test_a_pattern_of_a_bucket_is_a_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = {"day=1/a.csv": "u,a,1", "day=2/b.csv": "u,b,2", "_temporary/c.csv": "u,c,3", "day=1/d.txt": "u,d,4"}
+    system = fsspec.filesystem("memory")
+    system.pipe({f"/logs/{name}": f"{HEADER}{row}\n".encode() for name, row in files.items()})
+    for source in ("memory://logs", "memory://logs/*/*.csv"):
+        arguments = MiningArguments(source, str(tmp_path / "pairs.parquet"), allow_remote="memory://logs")
+        assert [row[:2] for row in mined(arguments)[0]] == [("a", "b")]
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -26,6 +26,17 @@ def encoding_option() -> Any:
     )
 
 
+def allow_remote_option() -> Any:
+    """What may be asked over the network: a dataclass field."""
+    return field(
+        default=None,
+        metadata={
+            "help": "Hosts whose tables and pictures are fetched, and places such as s3://bucket, with commas between "
+            "them; none: nothing is fetched."
+        },
+    )
+
+
 def device_option() -> Any:
     """Where the model runs: a dataclass field."""
     return field(

@@ -22,7 +22,6 @@ from modeling_notellm2.pixels_notellm2 import join_pictures
 from training.tables.commands.model_folder import loading
 from training.tables.items import Item, ItemTable
 from training.tables.rejects import Reject, Rejects
-from training.tables.remote.pictures import fetch_pictures_of
 
 
 @dataclass(frozen=True)
@@ -259,7 +258,9 @@ class ItemEncoder:
 
 def items_between(items: ItemTable, start: int, stop: int) -> Iterator[tuple[Place, Item]]:
     """The items of some rows of their table, with their places."""
-    for position in items.between(start, stop):
+    positions = items.between(start, stop)
+    items.fetch_pictures(positions)
+    for position in positions:
         yield Place(items.item_ids[position], *items.place(position)), items[position]
 
 
@@ -282,8 +283,6 @@ class Rows:
 
     def prepare(self, encoder: ItemEncoder, number: int, rows: tuple[int, int]) -> PreparedBlock:
         """A block of rows, ready for the model."""
-        if self.items.table.allow_remote:
-            fetch_pictures_of(item for _, item in items_between(self.items, *rows))
         items = ((replace(place, content=content_hash(item)), item) for place, item in items_between(self.items, *rows))
         return encoder.prepare(number, items, self.rejects.between(*rows), self.earlier)
 

@@ -174,7 +174,9 @@ def write_items(
             stop = start + ROWS
             lost = [(reject.file, reject.row, reject) for reject in rejects.between(start, stop)]
             rows: list[Row] = []
-            for position in items.between(start, stop):
+            positions = items.between(start, stop)
+            items.fetch_pictures(positions)
+            for position in positions:
                 file, number = items.place(position)
                 item, faults = published_item(items[position], None if pictures_anywhere else folders)
                 lost += [

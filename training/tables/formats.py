@@ -82,6 +82,8 @@ def open_part(part: TableFile | TableSplit, encoding: str | None) -> TablePart:
     """
     if isinstance(part, TableSplit):
         return SavedPart(part)
+    if part.path.is_dir():
+        return LancePart(part.path, part.name, part.folder)
     suffix = part.path.suffix.lower()
     if suffix == ".parquet":
         return ParquetPart(part.path, part.name, part.folder)
@@ -175,7 +177,7 @@ class ParquetPart:
                     row_bytes = max(row_bytes, _bytes(probe) / len(probe))
                 size = int(min(max(MOST_BYTES / row_bytes, 1), MOST_ROWS))
                 for batch in self._file.iter_batches(size, [group], use_threads=False):
-                    yield from self._cut(batch, types)
+                    yield from _cut(batch, types, self.classes)
                     done += len(batch)
                     row_bytes = max(row_bytes, _bytes(batch) / max(len(batch), 1))
             except (OSError, pa.ArrowException) as error:
@@ -185,21 +187,60 @@ class ParquetPart:
         """Of the file."""
         return noted_sha256(self.path)
 
-    def _cut(self, batch: pa.RecordBatch, types: Types) -> Iterator[Block]:
-        """A batch in pieces of about `MOST_BYTES`."""
-        size = max(1, len(batch) * MOST_BYTES // max(_bytes(batch), MOST_BYTES))
-        for start in range(0, len(batch), size):
-            piece = batch.slice(start, size)
-            yield _arrow_block(
-                dict(zip(piece.schema.names, piece.columns, strict=True)), len(piece), types, self.classes
-            )
-
     @cached_property
     def _file(self) -> pq.ParquetFile:
         try:
             return pq.ParquetFile(self.path, memory_map=True, pre_buffer=False, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
             raise TableError(f"{self.path}: not a readable Parquet file ({error}).") from error
+
+
+@dataclass
+class LancePart:
+    """A Lance table: a folder, of which the newest version counts."""
+
+    path: Path
+    name: str
+    folder: Path | RemoteFolder
+
+    def types(self) -> Types:
+        """From the table's schema."""
+        return _own_types(self._dataset.schema, {})
+
+    def blocks(self, types: Types) -> Iterator[Block]:
+        """Fragment by fragment; rows that were deleted are none."""
+        for fragment in self._dataset.get_fragments():
+            done = 0
+            try:
+                rows = fragment.to_batches(
+                    batch_size=MOST_ROWS, batch_size_bytes=MOST_BYTES, blob_handling="all_binary"
+                )
+                for batch in rows:
+                    yield from _cut(batch, types, {})
+                    done += len(batch)
+            except (OSError, ValueError, pa.ArrowException) as error:
+                reason = " ".join(str(error).split())
+                yield _lost(fragment.count_rows() - done, f"the Lance file is damaged here ({reason:.200})")
+
+    def sha256(self) -> str:
+        """Of the files of this version, and of what it has of them."""
+        digest = hashlib.sha256(self._dataset.schema.to_string().encode())
+        for fragment in self._dataset.get_fragments():
+            digest.update(repr(fragment).encode())
+            for file in fragment.data_files():
+                digest.update(noted_sha256(self.path / "data" / file.path).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _dataset(self) -> Any:
+        try:
+            import lance
+        except ImportError as error:
+            raise TableError(f"{self.path}: a Lance table is read with pylance: pip install pylance.") from error
+        try:
+            return lance.dataset(str(self.path))
+        except (OSError, ValueError) as error:
+            raise TableError(f"{self.path}: not a readable Lance table ({error}).") from error
 
 
 @dataclass
@@ -271,6 +312,14 @@ def _arrow_block(columns: dict[str, pa.Array], rows: int, types: Types, classes:
         made[name], broken = arrow_column(name, column, types[name], classes.get(name))
         _add(faults, broken, name)
     return Block(rows, made, faults)
+
+
+def _cut(batch: pa.RecordBatch, types: Types, classes: Classes) -> Iterator[Block]:
+    """A batch in pieces of about `MOST_BYTES`."""
+    size = max(1, len(batch) * MOST_BYTES // max(_bytes(batch), MOST_BYTES))
+    for start in range(0, len(batch), size):
+        piece = batch.slice(start, size)
+        yield _arrow_block(dict(zip(piece.schema.names, piece.columns, strict=True)), len(piece), types, classes)
 
 
 def _bytes(batch: pa.RecordBatch) -> int:

@@ -4,7 +4,7 @@ Rows stay mapped (`training.tables.reading`). In memory are a row number for eac
 row is left out. Ten million items are some hundred megabytes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -15,6 +15,7 @@ from training.tables.columns import ITEM_FIELDS, item_from_values
 from training.tables.images import PER_TASK, picture_faults
 from training.tables.reading import Table, open_table
 from training.tables.rejects import RejectedRows, Rejects, TableError
+from training.tables.remote.pictures import fetch_pictures_of
 
 
 IMAGES_CHECKED = 1_000_000
@@ -103,6 +104,11 @@ class ItemTable(Sequence[Item]):
     def between(self, start: int, stop: int) -> range:
         """Positions of the items that stand in rows `start` to `stop` of the table."""
         return range(*np.searchsorted(self.rows, (start, stop)).tolist())
+
+    def fetch_pictures(self, positions: Iterable[int]) -> None:
+        """Have the pictures of some items fetched that lie elsewhere and may be, side by side, before they are opened."""
+        if self.table.allow_remote:
+            fetch_pictures_of(self[position] for position in positions)
 
     def place(self, position: int) -> tuple[str, int]:
         """File (or split) that holds an item, and its row there, from 0."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # it brings pandas; in functions, so that commands that read 
 
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
+LANCE, LANCE_VERSIONS = ".lance", "_versions"
+"""What the folder of a Lance table is called, and what is in it."""
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 SPLITS = {
     "train": ("train", "training"),
@@ -78,7 +80,7 @@ def parts_of(
     Args:
         source: a .parquet, .jsonl or .csv file; a folder of such files, or an image folder with metadata files, in both of
             which everything below counts but what is hidden or begins with "_"; the address of either; a folder that
-            `save_to_disk` wrote; a data set of the Hub, ORG/DATA or ORG/DATA:CONFIG.
+            `save_to_disk` wrote, or a Lance table; a data set of the Hub, ORG/DATA or ORG/DATA:CONFIG.
         split: of a data set, or of a folder by its files' names; None: all. A data set that has a single one gives that.
         allow_remote: hosts and places that are asked (`training.tables.remote.places`); None: none are.
 
@@ -93,6 +95,8 @@ def parts_of(
             raise TableError(f"{source}: a table is a {', '.join(SUFFIXES)} file, a folder, or a Hub data set id.")
         return [TableFile(path, path.name, path.parent)]
     if path.is_dir():
+        if path.suffix.lower() == LANCE or (path / LANCE_VERSIONS).is_dir():
+            return [TableFile(path, path.name, path.parent)]
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             import datasets
 

@@ -72,6 +72,8 @@ REMEDIES_BY_TEXT = {
 """The same for libraries that report it in words of their own."""
 
 WARNINGS_OF_OTHERS = (
+    # Nobody reads a Lance table in a forked process: it is copied before one starts.
+    "lance is not fork-safe.",
     # peft reads an attribute of models that transformers has renamed.
     "`is_gradient_checkpointing` is deprecated and will be removed in v6. Use `is_activation_checkpointing` instead.",
 )

@@ -36,6 +36,8 @@ from training.tables.items import Item, ItemTable, load_items
 from training.tables.pairs import PAIR_IDS
 from training.tables.reading import Table, open_table
 from training.tables.rejects import Reject, RejectedRows, Rejects
+from training.tables.remote.pictures import RemotePicture
+from training.tables.remote.places import RemoteFolder
 
 
 CARD = Path(__file__).with_name("dataset_card.md.jinja")
@@ -165,7 +167,7 @@ def write_items(
         pictures_anywhere: also pictures outside the table's folder.
     """
     written = WrittenTable()
-    folders = [folder for folder in items.table.folders if isinstance(folder, Path)]
+    folders = None if pictures_anywhere else items.table.folders
     published: list[int] = []
     own = [name for name in items.table.column_names if every_column and name not in ("item_id", *ITEM_FIELDS)]
 
@@ -178,7 +180,7 @@ def write_items(
             items.fetch_pictures(positions)
             for position in positions:
                 file, number = items.place(position)
-                item, faults = published_item(items[position], None if pictures_anywhere else folders)
+                item, faults = published_item(items[position], folders)
                 lost += [
                     (file, number, Reject(items.table.source, number, [item["item_id"]], fault, file))
                     for fault in faults
@@ -201,7 +203,7 @@ def write_items(
     return written, items.select(published)
 
 
-def published_item(item: Item, folders: Sequence[Path] | None = None) -> tuple[Row, list[str]]:
+def published_item(item: Item, folders: Sequence[Path | RemoteFolder] | None = None) -> tuple[Row, list[str]]:
     """An item as others can read it, and why pictures of it can't be published.
 
     The pictures are a list of `{"bytes", "path"}`, the path a bare name.
@@ -219,11 +221,15 @@ def published_item(item: Item, folders: Sequence[Path] | None = None) -> tuple[R
     return {**{name: item.get(name) for name in ("item_id", *ITEM_FIELDS)}, "image": pictures}, faults
 
 
-def _require_within(source: Any, folders: Sequence[Path] | None) -> None:
+def _require_within(source: Any, folders: Sequence[Path | RemoteFolder] | None) -> None:
     if folders is None or isinstance(source, bytes):
         return
-    path = Path(source).resolve()
-    if not any(path.is_relative_to(folder.resolve()) for folder in folders):
+    if isinstance(source, RemotePicture):
+        within = any(isinstance(folder, RemoteFolder) and folder.holds(source.address) for folder in folders)
+    else:
+        path = Path(source).resolve()
+        within = any(isinstance(folder, Path) and path.is_relative_to(folder.resolve()) for folder in folders)
+    if not within:
         raise ItemError(f"{source} lies outside the table's folder: put it there, or pass --pictures_anywhere")
 
 

@@ -100,6 +100,10 @@ class RemoteFolder:
         folder = _as_folder(self.address)
         return urljoin(folder, quote(path)) if is_web(folder) else folder + posixpath.normpath(path)
 
+    def holds(self, address: str) -> bool:
+        """Whether an address lies below this one."""
+        return address.startswith(_as_folder(self.address)) and ".." not in address.split("/")
+
     def around(self, name: str) -> "RemoteFolder":
         """The folder of one of its files."""
         parent = posixpath.dirname(name)

@@ -1,9 +1,14 @@
 """Tables that lie elsewhere: read as local ones are, copied again only when they have changed."""
 
+import subprocess
+import sys
+
 import fsspec
 import pytest
 
+from hub.publishing.dataset import published_item
 from tests.support.catalogue import png
+from tests.support.hub_client import ROOT, environment
 from training.tables.items import load_items
 from training.tables.pairs import load_pairs
 from training.tables.rejects import TableError
@@ -51,6 +56,21 @@ def test_a_table_is_copied_again_when_it_has_changed(web):
         load_items(address, allow_remote=web.host)
 
 
+def test_what_is_published_of_pictures_lies_beside_the_table(web):
+    web.answers |= {
+        "/data/items.csv": (
+            200,
+            b"item_id,image\na,a.png\nb,/b.png\nc,../c.png\nd,URL/d.png\n".replace(b"URL", web.url.encode()),
+        )
+    }
+    web.answers |= {path: (200, png(1)) for path in ("/data/a.png", "/c.png", "/d.png")}
+    items, _ = load_items(f"{web.url}/data/items.csv", check_images=False, allow_remote=web.host)
+    faults = {item["item_id"]: published_item(item, items.table.folders)[1] for item in items}
+    assert faults.pop("a") == []
+    assert all("lies outside the table's folder" in fault for (fault,) in faults.values()) and len(faults) == 3
+    assert all(not published_item(items[at])[1] for at in (0, 2, 3))
+
+
 def test_pairs_may_come_from_where_items_may(web):
     web.answers |= {
         "/items.csv": (200, b"item_id,title\na,one\nb,two\n"),
@@ -82,6 +102,34 @@ def test_an_image_folder_of_a_bucket(memory):
     )
     items, rejects = load_items("memory://shop", allow_remote="memory://shop")
     assert str(items[0]["image"]) == "memory://shop/red/a.png" and not len(rejects)
+
+
+READ_FROM_THE_HUB = """
+import sys
+from huggingface_hub import HfApi
+from modeling_notellm2.images_notellm2 import load_image
+from training.tables.items import load_items
+
+HfApi().create_repo("org/shop", repo_type="dataset")
+where = {"repo_id": "org/shop", "repo_type": "dataset"}
+HfApi().upload_file(path_or_fileobj=b"item_id,title,image\\na,one,a.png\\n", path_in_repo="shop/items.csv", **where)
+HfApi().upload_file(path_or_fileobj=sys.argv[1], path_in_repo="shop/a.png", **where)
+for address in ("hf://datasets/org/shop/shop", "hf://datasets/org/shop/shop/items.csv"):
+    items, rejects = load_items(address, allow_remote="hf://datasets/org/shop")
+    print("READ", load_image(items[0]["image"]).size, len(rejects))
+"""
+
+
+def test_files_of_the_hub(hub, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    done = subprocess.run(
+        [sys.executable, "-c", READ_FROM_THE_HUB, str(tmp_path / "a.png")],
+        cwd=ROOT,
+        env=environment(hub, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.count("READ (25, 24) 0") == 2, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

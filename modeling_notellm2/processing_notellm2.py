@@ -64,6 +64,8 @@ class NoteLLM2Processor(ProcessorMixin):
             The frame of the prompt is never cut.
         max_pixels (`int`, *optional*): a larger picture is scaled down to this many pixels before the image processor
             sees it, which bounds the tokens of encoders that take pictures of any size.
+        jpeg_side (`int`, *optional*): JPEGs (files and bytes) are decoded at a half, a quarter or an eighth of their size
+            where both sides keep at least this many pixels; twice the encoder's picture is enough. Left out: always whole.
         native_image_token_id, patches_per_token (`int`, *optional*), image_prefix_ids, image_suffix_ids (`list[int]`,
             *optional*): of a native connector: its own placeholder in place of <IMG>; patches of a picture that become one
             token (left out: each picture has `num_query_tokens`); and the ids around a picture's placeholders.
@@ -94,6 +96,7 @@ class NoteLLM2Processor(ProcessorMixin):
         max_topics_tokens: int | None = None,
         max_content_tokens: int | None = None,
         max_pixels: int | None = None,
+        jpeg_side: int | None = None,
         native_image_token_id: int | None = None,
         patches_per_token: int | None = None,
         image_prefix_ids: list[int] | None = None,
@@ -102,6 +105,8 @@ class NoteLLM2Processor(ProcessorMixin):
     ):
         if prompt_language not in WORDINGS:
             raise ValueError(f"prompt_language is {prompt_language!r}; expected one of {', '.join(WORDINGS)}.")
+        if jpeg_side is not None and jpeg_side < 1:
+            raise ValueError(f"jpeg_side is {jpeg_side}; expected at least 1, or None for whole pictures.")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.num_query_tokens = num_query_tokens
         self.micl = micl
@@ -115,6 +120,7 @@ class NoteLLM2Processor(ProcessorMixin):
         self.max_topics_tokens = max_topics_tokens
         self.max_content_tokens = max_content_tokens
         self.max_pixels = max_pixels
+        self.jpeg_side = jpeg_side
         self.native_image_token_id = native_image_token_id
         self.patches_per_token = patches_per_token
         self.image_prefix_ids = image_prefix_ids
@@ -364,7 +370,7 @@ class NoteLLM2Processor(ProcessorMixin):
         pictures: list[dict[str, torch.Tensor]] = []
         for of_row, where in sources:
             with naming(where):
-                pictures.extend(self.process_images([load_image(source)]) for source in of_row)
+                pictures.extend(self.process_images([load_image(source, self.jpeg_side)]) for source in of_row)
         return pictures
 
 

@@ -17,9 +17,10 @@ from transformers import AutoModel, AutoProcessor
 
 from hub.catalogue.earlier import Earlier, Known, content_hash
 from modeling_notellm2 import ItemError
-from modeling_notellm2.images_notellm2 import image_sources, load_image
+from modeling_notellm2.images_notellm2 import image_sources
 from modeling_notellm2.pixels_notellm2 import join_pictures
 from training.tables.commands.model_folder import loading
+from training.tables.images import open_picture
 from training.tables.items import Item, ItemTable
 from training.tables.rejects import Reject, Rejects
 
@@ -160,7 +161,7 @@ class ItemEncoder:
                 copied[len(positions) + len(copied)] = CopiedItem(place, known)
                 continue
             try:
-                opened, faults = _with_open_pictures(item)
+                opened, faults = _with_open_pictures(item, self.processor)
                 new_rejects += map(place.rejected, faults)
                 prepared.append(self.processor(opened, padding=False))
             except Exception as error:  # whatever it is, it is listed
@@ -287,7 +288,7 @@ class Rows:
         return encoder.prepare(number, items, self.rejects.between(*rows), self.earlier)
 
 
-def _with_open_pictures(item: Item) -> tuple[Item, list[str]]:
+def _with_open_pictures(item: Item, processor: Any) -> tuple[Item, list[str]]:
     """The item without its id, which rejects name, its readable pictures opened; and why others can't be.
 
     Raises:
@@ -299,7 +300,7 @@ def _with_open_pictures(item: Item) -> tuple[Item, list[str]]:
     pictures, faults = [], []
     for source in image_sources(content.get("image")):
         try:
-            pictures.append(load_image(source))
+            pictures.append(open_picture(source, processor))
         except ItemError as error:
             faults.append(_reason(error))
     if faults and not pictures:

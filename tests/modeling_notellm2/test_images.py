@@ -7,9 +7,11 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from modeling_notellm2 import ItemError
+from modeling_notellm2 import ItemError, NoteLLM2Processor
 from modeling_notellm2 import images_notellm2 as images
 from modeling_notellm2.images_notellm2 import load_image
 from tests.support.models import make_image_processor, make_model
@@ -281,3 +283,42 @@ def test_an_item_of_nothing_but_nan_is_refused():
     empty = processor([], return_tensors="pt")
     assert all(values.dtype.is_floating_point is False for values in empty.values())
     assert empty["input_ids"].shape == (0, 0)
+
+
+def photograph(width: int, height: int) -> bytes:
+    """A JPEG with coarse and fine structure."""
+    coarse = np.random.default_rng(0).integers(0, 255, (height // 40, width // 40, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), "JPEG", quality=90)
+
+
+@pytest.mark.parametrize(
+    ("side", "size"), [(None, (1600, 1200)), (601, (1600, 1200)), (448, (800, 600)), (100, (200, 150))]
+)
+def test_a_large_jpeg_is_decoded_smaller_where_that_is_asked(side, size, tmp_path):
+    data = photograph(1600, 1200)
+    (tmp_path / "a.jpg").write_bytes(data)
+    for source in (data, tmp_path / "a.jpg", {"bytes": data, "path": None}):
+        assert load_image(source, side).size == size
+    given = Image.open(io.BytesIO(data))
+    assert load_image(given, side).size == given.size == (1600, 1200)  # what belongs to somebody else stays
+    turned = Image.open(io.BytesIO(data))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    assert load_image(encoded(turned, "JPEG", exif=exif), side).size == size[::-1]
+    assert load_image(encoded(turned, "PNG"), side).size == (1600, 1200)
+
+
+def test_embeddings_of_pictures_decoded_smaller_are_nearly_the_same(tmp_path):
+    """Twice the encoder's 32 pixels: the grey levels differ by a few, the embedding's cosine by less than a thousandth."""
+    model, processor = make_model()
+    items = [{"title": "a", "image": photograph(1600, 1200)}]
+    processor.save_pretrained(tmp_path)
+    smaller = NoteLLM2Processor.from_pretrained(tmp_path, jpeg_side=64)
+    smaller.save_pretrained(tmp_path)
+    assert NoteLLM2Processor.from_pretrained(tmp_path).jpeg_side == 64
+    with torch.no_grad():
+        whole, drafted = (model(**each(items, return_tensors="pt")).embeddings for each in (processor, smaller))
+    assert not torch.equal(whole, drafted)
+    assert F.cosine_similarity(whole, drafted).item() > 0.999
+    with pytest.raises(ValueError, match="jpeg_side is 0"):
+        NoteLLM2Processor.from_pretrained(tmp_path, jpeg_side=0)

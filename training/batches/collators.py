@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from modeling_notellm2.images_notellm2 import image_sources, load_image
+from modeling_notellm2.images_notellm2 import image_sources
 from modeling_notellm2.pixels_notellm2 import join_pictures
 from modeling_notellm2.prompts_notellm2 import ItemError
 from training.batches.false_negatives import TEXT_FIELDS
 from training.batches.vision_cache import VisionCache, feature_inputs, open_vision_cache
 from training.tables.commands.files import write_text
-from training.tables.images import Item, content_key, read_encoded
+from training.tables.images import Item, content_key, open_picture, read_encoded
 from training.tables.items import ItemTable
 from training.tables.pairs import PairTable
 from training.tables.rejects import Reject
@@ -165,10 +165,10 @@ class ItemCollator:
 
     def _picture(self, source: Any) -> Picture:
         if self.features is None:
-            return self.processor.process_images([load_image(source)])
+            return self.processor.process_images([open_picture(source, self.processor)])
         encoded = read_encoded(source)
         stored = self.features.find(content_key(encoded))
-        return self.processor.process_images([load_image(encoded)]) if stored is None else stored
+        return self.processor.process_images([open_picture(encoded, self.processor)]) if stored is None else stored
 
 
 @dataclass

@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from modeling_notellm2.images_notellm2 import image_sources, load_image
+from modeling_notellm2.images_notellm2 import image_sources
 from modeling_notellm2.pixels_notellm2 import join_pictures
 from modeling_notellm2.prompts_notellm2 import ItemError
 from modeling_notellm2.vision_features_notellm2 import VisionFeatures, join_features
 from training.tables.commands.files import atomic_write
-from training.tables.images import KEY_BYTES, Item, content_key, map_items, read_encoded
+from training.tables.images import KEY_BYTES, Item, content_key, map_items, open_picture, read_encoded
 
 
 logger = logging.get_logger(__name__)
@@ -246,6 +246,8 @@ def encoder_key(model: Any, processor: Any, dtype: torch.dtype = torch.float32) 
     if config.connector == "native":
         of_model.append(config.text_config.to_dict())
     settings = [FORMAT, *of_model, str(dtype), preprocessing, processor.max_pixels]
+    if getattr(processor, "jpeg_side", None) is not None:  # without it, caches of before go on
+        settings.append(processor.jpeg_side)
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in sorted(pair for part in model.vision_parts for pair in part.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -271,7 +273,7 @@ def _prepare(cache: VisionCache, processor: Any, item: Item) -> list[tuple[bytes
             encoded = read_encoded(source)
             key = content_key(encoded)
             if cache.find(key) is None:
-                unseen.append((key, processor.process_images([load_image(encoded)])))
+                unseen.append((key, processor.process_images([open_picture(encoded, processor)])))
         except ItemError:
             continue
     return unseen

@@ -94,6 +94,15 @@ def _fault(source: Any) -> str | None:
     return None
 
 
+def open_picture(source: Any, processor: Any) -> Image.Image:
+    """A picture as a model's processor opens it: JPEGs no larger than it asks for, if it asks.
+
+    Raises:
+        ItemError: for a source that is no picture.
+    """
+    return load_image(source, getattr(processor, "jpeg_side", None))  # a folder's own processor may be older
+
+
 def first_picture(item: Mapping[str, Any]) -> Image.Image | None:
     """The first of an item's pictures that can be read, to be shown; None without one. Rejects list the others."""
     for source in image_sources(item.get("image")):

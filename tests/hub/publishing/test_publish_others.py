@@ -261,6 +261,7 @@ def test_the_space_starts_with_what_was_published(at_hub, base, table, tiny_mode
         "training",
         "training/tables",
         "training/tables/commands",
+        "training/tables/remote",
     }
     assert not any(path.startswith("tests/") for path in files)
     head = yaml.safe_load(at_hub.store.path(files["README.md"].key).read_text().split("---")[1])

@@ -292,6 +292,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         vision_grids: torch.Tensor | None = None,
         return_loss: bool = False,
         output_vision_features: bool = False,
+        output_states: bool = False,
         **kwargs: Any,
     ) -> NoteLLM2Output:
         r"""
@@ -318,6 +319,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
                 native connectors that give visual tokens places in the plane.
             return_loss (`bool`): read the batch as pairs, rows `i` and `i + n/2`, and add the losses.
             output_vision_features (`bool`): add what the vision encoder gave.
+            output_states (`bool`): add what `finish` makes the embeddings of.
             kwargs: for the LLM, e.g. `output_hidden_states`, `output_attentions`.
 
         Returns:
@@ -352,12 +354,12 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         states, visual_states = read_states(self.config, outputs.last_hidden_state, input_ids, attention_mask)
         if self.standardization is not None:
             states = self.standardization(states)
-        embeddings = self._finish(states, summary, has_image)
+        embeddings = self.finish(states, summary, has_image)
         visual_embeddings = None
         if visual_states is not None:
             if self.visual_standardization is not None:
                 visual_states = self.visual_standardization(visual_states)
-            visual_embeddings = self._finish(visual_states, summary, has_image)
+            visual_embeddings = self.finish(visual_states, summary, has_image)
             visual_embeddings = visual_embeddings.masked_fill(~has_image.to(states.device).unsqueeze(-1), 0)
 
         result = NoteLLM2Output(
@@ -371,6 +373,9 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             vision_pooler_output=features.pooler_output if features and output_vision_features else None,
             vision_attention_mask=features.attention_mask if features and output_vision_features else None,
             vision_grids=features.grids if features and output_vision_features else None,
+            states=states if output_states else None,
+            visual_states=visual_states if output_states else None,
+            summary=summary if output_states else None,
         )
         return add_losses(result, self.config, self.logit_scale) if return_loss else result
 
@@ -414,8 +419,17 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         slots |= positions_of(input_ids, self.config.visual_embedding_token_id)
         return input_ids.masked_fill(slots, self.config.text_config.pad_token_id or 0)
 
-    def _finish(self, hidden: torch.Tensor, summary: torch.Tensor | None, has_image: torch.Tensor) -> torch.Tensor:
-        """Late fusion (of items with an image), reduction, L2 norm in float32: `(n, LLM width)` to `(n, d)`."""
+    def finish(self, hidden: torch.Tensor, summary: torch.Tensor | None, has_image: torch.Tensor) -> torch.Tensor:
+        """The head, from states to embeddings: late fusion (of items with an image), reduction, L2 norm in float32.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(n, LLM width)`): as of the output's `states` or `visual_states`.
+            summary (`torch.Tensor` of shape `(n, vision width)`, *optional*): the vision encoder's summary feature.
+            has_image (`torch.BoolTensor` of shape `(n,)`).
+
+        Returns:
+            `torch.Tensor` of shape `(n, d)`.
+        """
         if self.late_fusion is not None and summary is not None:
             weight = self.late_fusion.projection.weight
             hidden = hidden.to(weight.device, weight.dtype)

@@ -31,6 +31,11 @@ class NoteLLM2Output(ModelOutput):
         vision_attention_mask (`torch.LongTensor` of shape `(images, tokens)`, *optional*) and
         vision_grids (`torch.LongTensor` of shape `(images, 3)`, *optional*):
             of the vision encoder, as `forward` takes them back; with `output_vision_features=True`.
+        states (`torch.FloatTensor` of shape `(n, LLM width)`, *optional*),
+        visual_states (`torch.FloatTensor` of shape `(n, LLM width)`, *optional*, with mICL only) and
+        summary (`torch.FloatTensor` of shape `(n, vision width)`, *optional*):
+            what `finish` makes the embeddings of: read-outs of the LLM, standardized where the model does that, and the mean
+            summary feature of an item's images (zeros without one; None in a batch without images); with `output_states=True`.
     """
 
     loss: torch.Tensor | None = None
@@ -46,6 +51,9 @@ class NoteLLM2Output(ModelOutput):
     vision_pooler_output: torch.Tensor | None = None
     vision_attention_mask: torch.Tensor | None = None
     vision_grids: torch.Tensor | None = None
+    states: torch.Tensor | None = None
+    visual_states: torch.Tensor | None = None
+    summary: torch.Tensor | None = None
 
 
 __all__ = ["NoteLLM2Output"]

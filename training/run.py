@@ -36,6 +36,7 @@ from training.trainer.aligning import RECORD, alignment_of, first_phase
 from training.trainer.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
 from training.trainer.checkpoints import checkpoint_to_resume
 from training.trainer.distributed import agreed, join_restarted, once_per_machine, share_with_deepspeed
+from training.trainer.head_first import head_first
 from training.trainer.preparation import make_trainer, vision_features
 from training.trainer.saving import OF_ONE_MODEL, save_model
 from training.trainer.stopping import stoppable
@@ -97,6 +98,9 @@ def train(options: ModelArguments, tables: DataArguments, arguments: NoteLLM2Tra
         "alignment": aligned,
         **figures.before_training(features),
     }
+    if options.head_steps and not resume:
+        report["head_first"] = head_first(trainer, options.head_steps)
+        clock.lap("head_first")
     with stoppable(trainer):
         trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     clock.lap("train")

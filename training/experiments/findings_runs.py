@@ -33,6 +33,7 @@ from training.tables.items import ItemTable
 from training.trainer.adapters import unwrap_adapter, with_lora
 from training.trainer.aligning import first_phase
 from training.trainer.arguments import DataArguments, ModelArguments, NoteLLM2TrainingArguments, parse
+from training.trainer.head_first import head_first
 from training.trainer.preparation import make_trainer
 
 
@@ -160,6 +161,8 @@ def measure_variant(
     if options.align_steps:
         first_phase(model, processor, data, features, options, arguments)
     trainer = make_trainer(model, processor, data, features, tables, arguments)
+    if options.head_steps:
+        head_first(trainer, options.head_steps)
     trainer.train()
     collate, size = trainer.data_collator.collate_items, arguments.per_device_eval_batch_size
     return evaluate(model, collate, data.eval_items, data.eval_pairs, data.labels, size)

@@ -127,6 +127,13 @@ class ModelArguments:
         default=1, metadata={"help": "Of the warm-up's captioning loss; 0: the LLM isn't run, many times as fast."}
     )
     align_matching_weight: NotNegative = field(default=1, metadata={"help": "Of the warm-up's matching loss."})
+    head_steps: NotNegative = field(
+        default=0,
+        metadata={
+            "help": "Batches on which late fusion and reduction learn first, on the LLM's states as they are, read once: as good "
+            "as free beside steps through the LLM; 0: none. A resumed run skips it."
+        },
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)

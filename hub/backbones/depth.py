@@ -136,6 +136,6 @@ def recall_of(vectors: torch.Tensor, pairs: torch.Tensor) -> tuple[float, float]
     target = member[:, 1]
     at_target = similarity[of_query, target].unsqueeze(1)
     before = (similarity[of_query] >= at_target).sum(1) - 1
-    found = torch.zeros(len(queries)).index_add(0, of_query, (before < NEAREST).float())
-    share = found / torch.bincount(of_query)
+    reached = torch.zeros(len(queries)).index_add(0, of_query, (before < NEAREST).float())
+    share = reached / torch.bincount(of_query)
     return float(share.mean()), float(share.std() / len(queries) ** 0.5)

@@ -49,14 +49,14 @@ def measure(codebooks: Codebooks, codes: np.ndarray, pool: np.ndarray) -> dict[s
         shares = counts[counts > 0] / len(codes)
         sizes = np.unique(codes[:, :level], axis=0, return_counts=True)[1]
         decoded = codebooks.decode(pool_codes[:, :level])
-        found = [len(set(ours) & set(exact)) for ours, exact in zip(_nearest(decoded), near, strict=True)]
+        shared = [len(set(ours) & set(exact)) for ours, exact in zip(_nearest(decoded), near, strict=True)]
         levels.append(
             Level(
                 used=float((counts > 0).mean()),
                 evenness=float(np.exp(-(shares * np.log(shares)).sum()) / len(counts)),
                 alone=float((sizes == 1).sum() / len(codes)),
                 error=_error(pool, decoded),
-                recall=float(np.mean(found) / near.shape[1]) if near.shape[1] else 1.0,
+                recall=float(np.mean(shared) / near.shape[1]) if near.shape[1] else 1.0,
             )
         )
     return {

@@ -88,8 +88,8 @@ def with_digits(item_ids: pa.Array, codes: np.ndarray, earlier: SemanticIds | No
         rows = pc.index_in(item_ids, value_set=earlier.item_ids)
         known = np.flatnonzero(pc.is_valid(rows).to_numpy(zero_copy_only=False))
         were = before[rows.take(pa.array(known)).to_numpy()]
-        kept = (were[:, :-1] == codes[known]).all(axis=1)
-        digits[known[kept]] = were[kept, -1]
+        unchanged = (were[:, :-1] == codes[known]).all(axis=1)
+        digits[known[unchanged]] = were[unchanged, -1]
     _, groups = np.unique(np.concatenate([before[:, :-1], codes]), axis=0, return_inverse=True)
     groups = groups.reshape(-1)
     first_free = np.zeros(groups.max() + 1, np.int64)

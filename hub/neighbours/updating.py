@@ -79,9 +79,9 @@ class _Rows:
         self.stays = np.zeros(len(states), bool)
         self.added = 0
         for batch in catalogue.batches(column):
-            found = self.of(batch.states())
-            self.stays[found[found >= 0]] = True
-            self.added += int((found < 0).sum())
+            rows_now = self.of(batch.states())
+            self.stays[rows_now[rows_now >= 0]] = True
+            self.added += int((rows_now < 0).sum())
         self.gone = int((there & ~self.stays).sum())
         self.all_rows = len(states) + self.added
         self.dropped = len(states) - int(self.stays.sum())

@@ -180,12 +180,12 @@ def _fetched(source: str, allow_remote: str | None) -> list[LogFile]:
     """Copies of the files at an address: no engine fetches an extension for it."""
     check_allowed(source, allow_remote)
     try:
-        found = remote_files(source, allow_remote, lambda names: [name for name in names if _is_log(name)])
+        files = remote_files(source, allow_remote, lambda names: [name for name in names if _is_log(name)])
     except RemoteError as error:
         raise MiningError(f"{source}: can't be fetched ({error}). Copy the log here and give its path.") from error
-    if wrong := [file.name for file in found if not _is_log(file.name)]:
+    if wrong := [file.name for file in files if not _is_log(file.name)]:
         raise MiningError(f"{wrong[0]}: a log is {', '.join(SUFFIXES)} files, or a folder of them.")
-    return [LogFile(file.copy, f"{file.folder.address}/{file.name}") for file in found]
+    return [LogFile(file.copy, f"{file.folder.address}/{file.name}") for file in files]
 
 
 def _is_log(name: str) -> bool:

@@ -147,8 +147,8 @@ def short_name(model: str) -> str:
 def cost_rows(report: dict[str, Any]) -> Rows:
     """As `model_rows`, as much as a terminal is wide."""
     titles, rows = model_rows(report)
-    kept = [column for column, title in enumerate(titles) if title not in ("kind", "reads")]
-    return [titles[column] for column in kept], [[row[column] for column in kept] for row in rows]
+    narrow = [column for column, title in enumerate(titles) if title not in ("kind", "reads")]
+    return [titles[column] for column in narrow], [[row[column] for column in narrow] for row in rows]
 
 
 def model_rows(report: dict[str, Any]) -> Rows:

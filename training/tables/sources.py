@@ -145,12 +145,12 @@ def _remote_files(source: str, split: str | None, allow_remote: str | None) -> l
     if is_web(source) and suffix_of(source) not in SUFFIXES:
         raise TableError(f"{shown(source)}: the address of a table ends with {', '.join(SUFFIXES)}.")
     try:
-        found = remote_files(source, allow_remote, lambda names: _tables_of(filter(_is_shown, names)))
+        copies = remote_files(source, allow_remote, lambda names: _tables_of(filter(_is_shown, names)))
     except RemoteError as error:
         raise TableError(f"{error}.") from error
     files = [
         TableFile(file.copy, file.name, file.folder.around(file.name) if _is_metadata(file.name) else file.folder)
-        for file in found
+        for file in copies
     ]
     return files if split is None or len(files) == 1 else _files_of_split(source, files, split)
 

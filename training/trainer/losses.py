@@ -151,13 +151,13 @@ class PairLoss:
 
         here = own_rows(counts)
         own = torch.arange(here.start, here.start + rows, device=device)
-        found: list[Entries | None] = [None, None]
-        if item_index is not None:
-            joined_index = gather(item_index.to(device), counts)
-            for number, entries in enumerate((self.false_negatives, self.positives)):
-                if entries is not None:
-                    found[number] = _of_rows(entries(joined_index), slice(here.start, here.start + rows), sum(counts))
-        excluded, positives = found
+        joined_index = None if item_index is None else gather(item_index.to(device), counts)
+        excluded, positives = (
+            None
+            if entries is None or joined_index is None
+            else _of_rows(entries(joined_index), slice(here.start, here.start + rows), sum(counts))
+            for entries in (self.false_negatives, self.positives)
+        )
         mine = _RowEntries.of(own, own.roll(num_pairs), weight[:rows], excluded, positives)
         return _JoinedBatch(counts, is_row, has_visual, joined_weight, mine)
 

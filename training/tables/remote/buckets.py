@@ -63,8 +63,8 @@ def names_below(folder: str, pattern: str | None = None) -> list[str]:
     with _explained(folder):
         system, path = _system(folder)
         start = f"{path.rstrip('/')}/"
-        found = system.find(path) if pattern is None else system.glob(start + pattern)
-        return sorted(name.removeprefix(start) for name in found)
+        names = system.find(path) if pattern is None else system.glob(start + pattern)
+        return sorted(name.removeprefix(start) for name in names)
 
 
 def _system(address: str) -> tuple[Any, str]:

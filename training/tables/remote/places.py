@@ -112,8 +112,8 @@ class RemoteFolder:
 
 def is_address(text: str) -> bool:
     """Whether a text names something elsewhere, and not a path of this machine."""
-    found = ADDRESS.match(text)
-    return found is not None and found[0][:-3].lower() not in HERE
+    scheme = ADDRESS.match(text)
+    return scheme is not None and scheme[0][:-3].lower() not in HERE
 
 
 def is_web(address: str) -> bool:

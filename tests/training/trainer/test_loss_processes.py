@@ -158,7 +158,9 @@ def test_several_processes_train_as_one_on_the_joined_batch(world, trained_on_sh
         assert values["visual_loss"] > 0
         for result in results:
             assert result[name][0] == pytest.approx(values, rel=1e-5)
-            assert_equal_gradients(result[name][1], gradients)
+            assert_equal_gradients(
+                result[name][1], gradients, tolerance=2e-5
+            )  # a token's rows are summed in another order
     assert len({results[0][name][0]["loss"] for name in LOSSES}) == len(LOSSES)
 
 

@@ -283,7 +283,7 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     several_positives: bool = field(
         default=False,
         metadata={
-            "help": "A row's other known partners in the batch are positives of it too (supervised contrastive learning); else "
+            "help": "A row's other known partners in the batch are positives of it too, each against its negatives alone; else "
             "they are left out."
         },
     )

@@ -56,9 +56,9 @@ class PairLoss:
             over them and the full width (Matryoshka representation learning, arXiv 2205.13147).
         false_negatives: from the joined batch's item indices `(M,)` to the entries of its `(M, M)` matrix that must not count
             as negatives, e.g. known positives or copies of an item. `None`: all items but the row's own are negatives.
-        positives: from the same indices to entries that are positives beside a row's partner (supervised contrastive learning,
-            arXiv 2004.11362, equation 2; a positive competes with the row's negatives alone). A row's loss is the mean over its
-            positives. `None`: the partner is the one.
+        positives: from the same indices to entries that are positives beside a row's partner, each against the row's negatives
+            alone. Unlike supervised contrastive learning (arXiv 2004.11362, equation 2) no other positive is in a denominator,
+            as SINCERE has it (arXiv 2309.14277). A row's loss is the mean over its positives. `None`: the partner is the one.
         tile, false_negative_margin: see `tiled_contrastive_loss`; each prefix and the visual loss by its own similarities.
     """
 

@@ -124,7 +124,7 @@ def known(row_items, column_items):
 
 
 def mean_over_positives(vectors_, positives_of, partner, factor, weights):
-    """Supervised contrastive loss, equation 2, each positive against the row's negatives alone."""
+    """The mean over a row's positives, each against the row's negatives alone."""
     similarity = vectors_ @ vectors_.T * factor.exp()
     losses = []
     for row, further in positives_of.items():

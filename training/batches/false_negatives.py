@@ -108,14 +108,11 @@ class FalseNegatives:
         keys = [_alike(values) for values in labels]
         if self.positives is not None:
             keys += self._known(items)
-        rows, columns = np.divmod(np.concatenate(keys), max(len(items), 1))
-        return torch.from_numpy(rows).to(item_index.device), torch.from_numpy(columns).to(item_index.device)
+        return _entries(keys, item_index)
 
     def known(self, item_index: Tensor) -> tuple[Tensor, Tensor]:
         """The known positives among those entries; arguments and result as of a call."""
-        items = item_index.cpu().numpy()
-        rows, columns = np.divmod(np.concatenate([np.empty(0, np.int64), *self._known(items)]), max(len(items), 1))
-        return torch.from_numpy(rows).to(item_index.device), torch.from_numpy(columns).to(item_index.device)
+        return _entries([np.empty(0, np.int64), *self._known(item_index.cpu().numpy())], item_index)
 
     def _known(self, items: np.ndarray) -> list[np.ndarray]:
         """Entries of known positives, a bounded number of the table's at a time."""
@@ -140,6 +137,12 @@ class FalseNegatives:
             row, column = np.divmod(within, copies[target][pair])
             entries.append(by_item[first[source][pair] + row] * len(items) + by_item[first[target][pair] + column])
         return entries
+
+
+def _entries(keys: list[np.ndarray], item_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of keys (row * M + column), on the device of `item_index` (M,)."""
+    rows, columns = np.divmod(np.concatenate(keys), max(len(item_index), 1))
+    return torch.from_numpy(rows).to(item_index.device), torch.from_numpy(columns).to(item_index.device)
 
 
 def _alike(labels: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from training.trainer.distributed import (
     sum_over_processes,
     world_size,
 )
-from training.trainer.tiles import TILE, Entries, check_inside, tiled_contrastive_loss
+from training.trainer.tiles import TILE, Entries, all_entries, check_inside, tiled_contrastive_loss
 
 
 @dataclass
@@ -146,8 +146,8 @@ class PairLoss:
         if pair_weight is not None:
             weight[:rows] = pair_weight.to(weight).repeat(2)
         counts = row_counts(n, device)
-        is_row, has_visual = gather(torch.stack([is_row, has_visual], 1), counts).unbind(1)
-        joined_weight = gather(weight, counts)
+        of_items = gather(torch.stack([is_row.float(), has_visual.float(), weight], 1), counts)
+        is_row, has_visual, joined_weight = of_items[:, 0].bool(), of_items[:, 1].bool(), of_items[:, 2]
 
         here = own_rows(counts)
         own = torch.arange(here.start, here.start + rows, device=device)
@@ -180,7 +180,7 @@ class PairLoss:
                 self.false_negative_margin,
             )
             sums.append((losses * entries.weight).sum())
-            hits.append(hit[: entries.rows])
+            hits.append(hit[: entries.with_partner])
         return torch.stack(sums).mean(), hits[0]
 
 
@@ -190,66 +190,60 @@ class _RowEntries:
 
     Attributes:
         own, target: `(m,)` int64 columns: the row itself, and its positive.
-        weight: `(m,)` of the losses.
+        row: `(m,)` int64 numbers of rows: the same for all positives of one.
+        row_weight: `(rows,)` by these numbers, which a row's positives share.
         excluded: entries that are no negatives, by number among `own` and column.
-        rows: how many of the `m` have their partner as target; they come first.
+        with_partner: how many of the `m` have their partner as target; they come first.
     """
 
     own: Tensor
     target: Tensor
-    weight: Tensor
+    row: Tensor
+    row_weight: Tensor
     excluded: Entries | None
-    rows: int
+    with_partner: int
 
     @classmethod
     def of(
         cls, own: Tensor, target: Tensor, weight: Tensor, excluded: Entries | None, positives: Entries | None
     ) -> "_RowEntries":
-        """From rows with their partners, `(m,)` each, and entries by row and column."""
-        rows = len(own)
+        """From rows with their partners and weights, `(m,)` each, and entries by row and column."""
+        rows = torch.arange(len(own), device=own.device)
         if positives is None:
-            return cls(own, target, weight, excluded, rows)
+            return cls(own, target, rows, weight, excluded, len(own))
         row, column = torch.unique(torch.stack(positives), dim=1)
         further = (column != target[row]) & (column != own[row])
         row, column = row[further], column[further]
-        anchors = torch.cat([torch.arange(rows, device=own.device), row])
-        shared = weight / torch.bincount(anchors, minlength=rows)
         # No positive of a row is a negative beside another.
-        left_out = [(row, column)] if excluded is None else [excluded, (row, column)]
-        masked = torch.cat([rows_ for rows_, _ in left_out]), torch.cat([columns for _, columns in left_out])
-        repeated = _repeated(masked, row, rows)
-        entries = torch.cat([masked[0], repeated[0]]), torch.cat([masked[1], repeated[1]])
-        again = torch.arange(rows, rows + len(row), device=own.device)
-        entries = torch.cat([entries[0], again]), torch.cat([entries[1], target[row]])
-        return cls(own[anchors], torch.cat([target, column]), shared[anchors], entries, rows)
+        masked = all_entries([(row, column)] if excluded is None else [excluded, (row, column)])
+        again = torch.arange(len(own), len(own) + len(row), device=own.device)
+        entries = all_entries([masked, _repeated(masked, row, len(own)), (again, target[row])])
+        anchors = torch.cat([rows, row])
+        return cls(own[anchors], torch.cat([target, column]), anchors, weight, entries, len(own))
+
+    @property
+    def weight(self) -> Tensor:
+        """`(m,)` of the losses."""
+        return (self.row_weight / torch.bincount(self.row, minlength=len(self.row_weight)).clamp(min=1))[self.row]
 
     def among(self, remaining: Tensor) -> "_RowEntries":
         """The same with only the kept `(M,)` columns, numbered anew, and without the rows that are not among them."""
         column = remaining.cumsum(0) - 1
         staying = remaining[self.own] & remaining[self.target]
-        row = staying.cumsum(0) - 1
+        number = staying.cumsum(0) - 1
         excluded = None
         if self.excluded is not None:
-            rows, columns = self.excluded
-            both = staying[rows] & remaining[columns]
-            excluded = row[rows[both]], column[columns[both]]
+            numbers, columns = self.excluded
+            both = staying[numbers] & remaining[columns]
+            excluded = number[numbers[both]], column[columns[both]]
         return _RowEntries(
             column[self.own[staying]],
             column[self.target[staying]],
-            self._shared_anew(staying),
+            self.row[staying],
+            self.row_weight,
             excluded,
-            int(staying[: self.rows].sum()),
+            int(staying[: self.with_partner].sum()),
         )
-
-    def _shared_anew(self, staying: Tensor) -> Tensor:
-        """A row's whole weight on those of its positives that stay, `(staying,)`."""
-        if len(self.own) == self.rows:
-            return self.weight[staying]
-        number = torch.unique(self.own, return_inverse=True)[1]
-        whole = self.weight.new_zeros(len(self.own))
-        before = whole.index_add(0, number, self.weight)
-        counts = torch.bincount(number[staying], minlength=len(whole))
-        return (before / counts.clamp(min=1))[number[staying]]
 
 
 def _repeated(entries: Entries, again: Tensor, rows: int) -> Entries:

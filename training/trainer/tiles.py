@@ -4,7 +4,7 @@ The log-sum-exp over a row is taken tile by tile, and the tiles are computed aga
 (arXiv 2410.17243). Entries that are no negatives are left out, by place or by their similarity.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +58,7 @@ def tiled_contrastive_loss(
         check_inside(excluded, len(rows), len(columns))
         entries.append(excluded)
     # The target is added at the end, so here it is left out like the rest: what remains are the row's negatives.
-    masked = torch.cat([r for r, _ in entries]), torch.cat([c for _, c in entries])
-    masks = _TileMasks.of(masked, len(rows), len(columns), tile)
+    masks = _TileMasks.of(all_entries(entries), len(rows), len(columns), tile)
     margin = torch.inf if false_negative_margin is None else false_negative_margin
     return _TiledContrastiveLoss.apply(rows.to(dtype), columns.to(dtype), logit_scale.to(dtype), target, masks, margin)
 
@@ -151,6 +150,11 @@ class _TiledContrastiveLoss(torch.autograd.Function):
 def _leave_out_above(ceiling: Tensor, logits: Tensor) -> Tensor:
     """Write -inf where a row of `logits` is above its `ceiling`, in place."""
     return logits.masked_fill_(logits > ceiling.unsqueeze(1), -torch.inf)
+
+
+def all_entries(parts: Sequence[Entries]) -> Entries:
+    """Several entries as one."""
+    return torch.cat([rows for rows, _ in parts]), torch.cat([columns for _, columns in parts])
 
 
 def check_inside(entries: Entries, high: int, wide: int) -> None:

@@ -8,7 +8,7 @@ worth nothing. Their weights stand in `adapter_model.safetensors` under their ow
 import copy
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -137,6 +137,20 @@ def trained_in_full(model: nn.Module) -> list[str]:
 def _train_in_full(model: PeftModel, names: list[str]) -> None:
     for name in names:
         model.get_parameter(PREFIX + name).requires_grad_(True)
+
+
+@contextmanager
+def training_only(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within it only the chosen parameters take gradients; what else took them does so again behind it."""
+    before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in before:
+            parameter.requires_grad_(True)
 
 
 def unwrap_adapter(model: nn.Module) -> NoteLLM2Model:

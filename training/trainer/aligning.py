@@ -43,7 +43,7 @@ from training.tables.commands.outputs import GENERATOR, Output, claimed
 from training.tables.images import Item
 from training.tables.items import ItemTable, load_items
 from training.tables.rejects import TableError
-from training.trainer.adapters import unwrap_adapter
+from training.trainer.adapters import training_only, unwrap_adapter
 from training.trainer.arguments import ModelArguments, NoteLLM2TrainingArguments
 from training.trainer.distributed import world_size
 
@@ -243,15 +243,24 @@ def align(
     Returns:
         The means of both losses over every tenth of the steps or so: `step`, `caption_loss`, `matching_loss`.
     """
-    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    connector = connector_of(model)
-    for parameter in connector:
-        parameter.requires_grad_(True)
-    if (
-        model.query_tokens is not None and not model.query_tokens.any()
-    ):  # alike in all, they would stay alike: matching sees their mean alone
+    # Alike in all, they would stay alike: matching sees their mean alone.
+    if model.query_tokens is not None and not model.query_tokens.any():
         torch.nn.init.normal_(model.query_tokens, std=model.config.initializer_range)
+    with training_only(model.train(), connector_of(model)):
+        log = _train(model, processor, items, collate, arguments, dtype)
+    model.eval()
+    return log
+
+
+def _train(
+    model: Any,
+    processor: Any,
+    items: WithBoth,
+    collate: ItemCollator,
+    arguments: AlignArguments,
+    dtype: torch.dtype,
+) -> list[dict[str, float]]:
+    connector = connector_of(model)
     optimizer = torch.optim.AdamW(connector, lr=arguments.learning_rate, weight_decay=1e-3)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(WARM_UP * arguments.steps), arguments.steps)
     log, sums = [], torch.zeros(2)
@@ -274,9 +283,6 @@ def align(
             count = (step - 1) % LOG_STEPS + 1
             log.append({"step": step, "caption_loss": float(sums[0]) / count, "matching_loss": float(sums[1]) / count})
             sums.zero_()
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    model.eval()
     return log
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 from training.batches.sampling import DistinctItemsSampler
-from training.trainer.adapters import unwrap_adapter
+from training.trainer.adapters import training_only, unwrap_adapter
 from training.trainer.trainer import NoteLLM2Trainer, parameter_groups
 
 
@@ -64,15 +64,9 @@ def head_first(trainer: NoteLLM2Trainer, steps: int) -> list[dict[str, float]]:
         raise ValueError("head_steps works on one process: train the head there, and go on from its model with all.")
     if not hasattr(model, "finish"):
         raise ValueError("head_steps needs a model whose code gives its states: save it anew with this version.")
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    trainer.model.requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(HEAD))
-    try:
+    head = [parameter for name, parameter in model.named_parameters() if name.startswith(HEAD)]
+    with training_only(trainer.model, head):
         return _train(trainer, model, steps)
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _train(trainer: NoteLLM2Trainer, model: Any, steps: int) -> list[dict[str, float]]:

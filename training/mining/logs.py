@@ -36,9 +36,9 @@ from training.tables.ids import ids_of
 from training.tables.lines import csv_header
 from training.tables.remote.places import Allowed, RemoteError, is_address
 from training.tables.remote.tables import remote_files
+from training.tables.sources import SUFFIXES, is_shown
 
 
-SUFFIXES = (".parquet", ".csv", ".jsonl")
 REJECTS_LISTED = 100_000
 """Of each kind; more are counted only, so that a log of garbage can't fill memory or disk."""
 
@@ -180,17 +180,12 @@ def _fetched(source: str, allow_remote: str | None) -> list[LogFile]:
     """Copies of the files at an address: no engine fetches an extension for it."""
     check_allowed(source, allow_remote)
     try:
-        files = remote_files(source, allow_remote, lambda names: [name for name in names if _is_log(name)])
+        files = remote_files(source, allow_remote, lambda names: list(filter(is_shown, names)))
     except RemoteError as error:
         raise MiningError(f"{source}: can't be fetched ({error}). Copy the log here and give its path.") from error
-    if wrong := [file.name for file in files if not _is_log(file.name)]:
+    if wrong := [file.name for file in files if not is_shown(file.name)]:
         raise MiningError(f"{wrong[0]}: a log is {', '.join(SUFFIXES)} files, or a folder of them.")
     return [LogFile(file.copy, f"{file.folder.address}/{file.name}") for file in files]
-
-
-def _is_log(name: str) -> bool:
-    hidden = any(part.startswith(("_", ".")) for part in name.split("/"))
-    return not hidden and name.lower().endswith(SUFFIXES)
 
 
 def _plain_types(path: Path) -> Types | None:

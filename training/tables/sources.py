@@ -145,7 +145,7 @@ def _remote_files(source: str, split: str | None, allow_remote: str | None) -> l
     if is_web(source) and suffix_of(source) not in SUFFIXES:
         raise TableError(f"{shown(source)}: the address of a table ends with {', '.join(SUFFIXES)}.")
     try:
-        copies = remote_files(source, allow_remote, lambda names: _tables_of(filter(_is_shown, names)))
+        copies = remote_files(source, allow_remote, lambda names: _tables_of(filter(is_shown, names)))
     except RemoteError as error:
         raise TableError(f"{error}.") from error
     files = [
@@ -176,7 +176,7 @@ def _is_metadata(name: str) -> bool:
     return PurePosixPath(name).stem == "metadata"
 
 
-def _is_shown(name: str) -> bool:
+def is_shown(name: str) -> bool:
     """Whether a file of a folder counts, by its name relative to that."""
     hidden = any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
     return not hidden and PurePosixPath(name).suffix.lower() in SUFFIXES
@@ -187,7 +187,7 @@ def _shown(folder: Path) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
         for name in sorted(names):
             path = Path(place) / name
-            if _is_shown(name) and path.is_file():
+            if is_shown(name) and path.is_file():
                 yield path.relative_to(folder).as_posix()
 
 
